@@ -1,0 +1,216 @@
+"""The student: a copy of the captured graph with fake-quantize calls on tensors (edges), weights and biases.
+
+Two placements, never mixed in one table (design, decision 2).
+
+`integer`: what an integer runtime executes. On a grid are the network's input; the inputs of every convolution and
+linear layer; both operands of every add, subtraction, product and concatenation of two computed tensors; inputs of
+average pooling; and what leaves a convolution, behind the activation that clips it. A tensor that only moved (pooled by
+maximum, sliced, padded, reshaped) is on the grid it was on. Biases are int32. Ends (layers that read the network's input
+or write its output, and what the last one reads) have `end_bits`.
+
+`literature`: batch norm kept, weights and what follows a ReLU only, ends as low as the rest, asymmetric weights whose
+range need not hold zero, no bias quantization (algorithms 1.1, class A). It cannot be exported.
+"""
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx, nn
+
+from reverie.errors import ModelError
+from reverie.graph.operators import (
+    ARITHMETIC,
+    AVERAGES,
+    CLIPPING,
+    CONCATENATIONS,
+    CONVOLUTIONS,
+    LAYERS,
+    PASS_THROUGH,
+    arguments,
+    attribute,
+    constant,
+    data_nodes,
+    layers,
+)
+from reverie.graph.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
+from reverie.grid import Grid
+
+PlacementKind = Literal["integer", "literature"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer of a student.
+
+    Args:
+        name: Its node.
+        path: The module that held its weight, as users know it (`layer1.0.conv1`).
+        weight, bias: Names of the stored tensors; bias may be None.
+        source: The quantized tensor it reads, if it reads one.
+        end: Whether it reads the network's input or writes its output.
+    """
+
+    name: str
+    path: str
+    weight: str
+    bias: str | None
+    source: str | None
+    end: bool
+
+
+@dataclass(frozen=True)
+class Student:
+    """A graph with quantizers, and where they are.
+
+    Args:
+        graph: Runs like the captured graph. Node names are the teacher's.
+        kind: The placement.
+        activations: Quantizers by the tensor they put on a grid.
+        weights, biases: Quantizers by layer; `literature` has no quantized biases.
+        layers: All convolutions and linear layers, in execution order, by name.
+    """
+
+    graph: fx.GraphModule
+    kind: PlacementKind
+    activations: dict[str, ActivationQuantizer]
+    weights: dict[str, WeightQuantizer]
+    biases: dict[str, BiasQuantizer]
+    layers: dict[str, Layer]
+
+
+def place(
+    graph: fx.GraphModule, kind: PlacementKind, *, weight_bits: int, activation_bits: int, end_bits: int | None = None
+) -> Student:
+    """A student of `graph` (batch norms already folded for `integer`) whose quantizers wait for calibration.
+
+    Args:
+        end_bits: Bits at the ends of the network, weights and activations; None means no exception. Ignored (none) by
+            the `literature` placement.
+
+    Raises:
+        ModelError: The graph has no convolution or linear layer.
+    """
+    found = layers(graph)
+    if not found:
+        raise ModelError("place: the network must have a convolution or linear layer, got none; there is nothing to quantize")
+    integer = kind == "integer"
+    ends = _ends(graph) if integer else set()
+    tensors = _integer_tensors(graph) if integer else _literature_tensors(graph)
+
+    copied = copy.deepcopy(graph)
+    activations, weights, biases = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+    copied.add_submodule("activation_quantizers", activations)
+    copied.add_submodule("weight_quantizers", weights)
+    copied.add_submodule("bias_quantizers", biases)
+    nodes = {node.name: node for node in copied.graph.nodes}
+
+    end_tensors = {_origin(node).name for node in graph.graph.nodes if node.op == "placeholder"}
+    end_tensors |= {_origin(arguments(layer)["input"]).name for layer in found if layer in ends}
+    for node in graph.graph.nodes:
+        if node not in tensors:
+            continue
+        bits = end_bits if end_bits is not None and node.name in end_tensors else activation_bits
+        activations[node.name] = ActivationQuantizer(Grid(bits, signed=False))
+        here = nodes[node.name]
+        with copied.graph.inserting_after(here):
+            call = copied.graph.call_module(f"activation_quantizers.{node.name}", (here,))
+        here.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+
+    described: dict[str, Layer] = {}
+    for original in found:
+        layer, named = nodes[original.name], arguments(original)
+        weight, bias = named["weight"], named["bias"]
+        stored = attribute(graph, weight)
+        assert stored is not None
+        bits = end_bits if end_bits is not None and original in ends else weight_bits
+        weights[layer.name] = WeightQuantizer(Grid(bits, signed=True), stored)
+        with copied.graph.inserting_before(layer):
+            call = copied.graph.call_module(f"weight_quantizers.{layer.name}", (nodes[weight.name],))
+        layer.update_arg(1, call)
+        source = _origin(named["input"]).name
+        source_name = source if source in activations else None
+        if integer and bias is not None and constant(bias) and source_name is not None:
+            biases[layer.name] = BiasQuantizer(activations[source_name], weights[layer.name])  # type: ignore[arg-type]
+            with copied.graph.inserting_before(layer):
+                call = copied.graph.call_module(f"bias_quantizers.{layer.name}", (nodes[bias.name],))
+            layer.update_arg(2, call)
+        path = str(weight.target).rpartition(".")[0] or layer.name
+        described[layer.name] = Layer(
+            layer.name, path, str(weight.target), str(bias.target) if constant(bias) else None, source_name, original in ends
+        )
+    copied.recompile()
+    return Student(
+        graph=copied,
+        kind=kind,
+        activations=dict(activations.items()),  # type: ignore[arg-type]
+        weights=dict(weights.items()),  # type: ignore[arg-type]
+        biases=dict(biases.items()),  # type: ignore[arg-type]
+        layers=described,
+    )
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node that computed the values which `node` only moved."""
+    while node.op == "call_function" and node.target in PASS_THROUGH:
+        source = node.all_input_nodes[0]
+        if node.target is operator.getitem and source.target not in PASS_THROUGH:
+            break
+        node = source
+    return node
+
+
+def _integer_tensors(graph: fx.GraphModule) -> set[fx.Node]:
+    data = data_nodes(graph)
+    wanted: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            wanted.add(node)
+        if node.op != "call_function" or node not in data:
+            continue
+        if (node.target in LAYERS and constant(arguments(node)["weight"])) or node.target in AVERAGES:
+            wanted.add(_origin(node.all_input_nodes[0]))
+        if node.target in ARITHMETIC or node.target in CONCATENATIONS:
+            operands = list(node.all_input_nodes)
+            if all(operand in data for operand in operands):
+                wanted.update(_origin(operand) for operand in operands)
+        if node.target in CONVOLUTIONS:
+            wanted.add(_clipped(node))
+    output = graph.graph.output_node().args[0]
+    assert isinstance(output, fx.Node)
+    # The logits stay as they come out of the accumulator, unless something inside the network reads them too.
+    if len(output.users) == 1:
+        wanted.discard(output)
+    return {node for node in wanted if node in data}
+
+
+def _literature_tensors(graph: fx.GraphModule) -> set[fx.Node]:
+    return {node for node in graph.graph.nodes if node.op == "call_function" and node.target in CLIPPING}
+
+
+def _clipped(layer: fx.Node) -> fx.Node:
+    readers = list(layer.users)
+    return readers[0] if len(readers) == 1 and readers[0].target in CLIPPING else layer
+
+
+def _ends(graph: fx.GraphModule) -> set[fx.Node]:
+    """The layers that read the network's input or write its output, through anything but another layer."""
+    known = set(layers(graph))
+    data = data_nodes(graph)
+    ends: set[fx.Node] = set()
+    first = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    output = graph.graph.output_node().args[0]
+    assert isinstance(output, fx.Node)
+    for start, forwards in ((first, True), ([output], False)):
+        frontier, seen = list(start), set(start)
+        while frontier:
+            node = frontier.pop()
+            if node in known:
+                ends.add(node)
+                continue
+            for near in node.users if forwards else node.all_input_nodes:
+                if near in data and near not in seen:
+                    seen.add(near)
+                    frontier.append(near)
+    return ends

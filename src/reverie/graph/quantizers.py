@@ -1,0 +1,120 @@
+"""The fake-quantize modules that a student graph calls: on tensors, weights and biases."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from reverie.grid import Grid, dequantize, fake_quantize, quantize
+
+
+class ActivationQuantizer(nn.Module):
+    """Puts a tensor on a per-tensor grid. Until `set_qparams` is called it passes values through unchanged."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.calibrated = False
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+
+    def set_qparams(self, scale: Float[Tensor, ""], zero_point: Int[Tensor, ""]) -> None:
+        """Fixes the grid; from now on values are quantized."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale, self.zero_point, self.grid) if self.calibrated else x
+
+
+class Rounder(nn.Module):
+    """How one weight tensor becomes codes: what every rounding method makes.
+
+    A method subclasses it. `forward` and `harden` agree once learning is over.
+    """
+
+    def forward(self) -> Float[Tensor, "*shape"]:
+        """Codes as they are now, in float; whole numbers unless a method relaxes them while learning."""
+        raise NotImplementedError
+
+    def penalty(self, progress: float) -> Float[Tensor, ""]:
+        """What is added to the reconstruction loss; `progress` runs from 0 to 1 over the learning."""
+        raise NotImplementedError
+
+    def harden(self) -> Float[Tensor, "*shape"]:
+        """The final codes: whole numbers on the grid."""
+        raise NotImplementedError
+
+
+class WeightQuantizer(nn.Module):
+    """Puts a layer's weight on a per-output-channel grid.
+
+    In order of its life: passes the weight through; with `set_qparams`, rounds to nearest at every call with
+    straight-through gradients; with a `rounder`, asks it; with `set_codes`, answers the stored result.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    codes: Tensor
+
+    def __init__(self, grid: Grid, weight: Tensor) -> None:
+        super().__init__()
+        self.grid = grid
+        self.calibrated = False
+        self.rounder: Rounder | None = None
+        column = (weight.shape[0], *[1] * (weight.dim() - 1))
+        self.register_buffer("scale", weight.new_ones(column))
+        self.register_buffer("zero_point", torch.zeros(column, dtype=torch.int32, device=weight.device))
+        self.register_buffer("codes", None)
+
+    def set_qparams(self, scale: Float[Tensor, "out *ones"], zero_point: Int[Tensor, "out *ones"]) -> None:
+        """Fixes the grid."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated = True
+
+    def set_codes(self, codes: Float[Tensor, "out *rest"]) -> None:
+        """Fixes the result; the rounder, if any, is dropped."""
+        self.codes = codes.detach()
+        self.rounder = None
+
+    def final_codes(self, weight: Tensor) -> Tensor:
+        """The codes that an integer runtime stores, int8 (signed grid) or uint8."""
+        codes = quantize(weight, self.scale, self.zero_point, self.grid) if self.codes is None else self.codes
+        return codes.to(torch.int8 if self.grid.signed else torch.uint8)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.codes is not None:
+            return dequantize(self.codes, self.scale, self.zero_point)
+        if self.rounder is not None:
+            return dequantize(self.rounder(), self.scale, self.zero_point)
+        return fake_quantize(weight, self.scale, self.zero_point, self.grid) if self.calibrated else weight
+
+
+class BiasQuantizer(nn.Module):
+    """Puts a bias on the int32 grid of the accumulator, whose scale is that of the input times that of the weight."""
+
+    def __init__(self, source: ActivationQuantizer, weight: WeightQuantizer) -> None:
+        super().__init__()
+        # In a tuple, so that they are not registered (and saved) a second time below this module.
+        self._quantizers = (source, weight)
+
+    def scale(self) -> Float[Tensor, " out"]:
+        """Real width of one step of each output channel's accumulator."""
+        source, weight = self._quantizers
+        return source.scale * weight.scale.flatten()
+
+    def final_codes(self, bias: Float[Tensor, " out"]) -> Int[Tensor, " out"]:
+        """The int32 codes that an integer runtime stores."""
+        return torch.round(bias / self.scale()).to(torch.int32)
+
+    def forward(self, bias: Tensor) -> Tensor:
+        source, weight = self._quantizers
+        if not (source.calibrated and weight.calibrated):
+            return bias
+        scale = self.scale()
+        # Straight-through: the step is far below anything a gradient could tell.
+        return bias + (torch.round(bias / scale) * scale - bias).detach()

@@ -1,0 +1,31 @@
+"""Codes of 1 to 8 bits packed densely into bytes, first code in the lowest bits.
+
+A byte of 4-bit codes holds two (ONNX's INT4 layout), of 2-bit codes four (its INT2 layout); 3, 5, 6 and 7 bits run
+across byte borders. Signed codes are stored in two's complement.
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from reverie.grid import Grid
+
+
+def pack(codes: Int[Tensor, "*shape"], grid: Grid) -> UInt8[Tensor, " bytes"]:
+    """The codes, flattened in row-major order, `bits` bits each; the last byte is padded with zero bits."""
+    values = codes.flatten().to(torch.int16).numpy().astype(np.uint8)
+    bits = np.unpackbits(values[:, None], axis=1, count=grid.bits, bitorder="little")
+    return torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
+
+
+def unpack(packed: UInt8[Tensor, " bytes"], shape: tuple[int, ...], grid: Grid) -> Int[Tensor, "*shape"]:
+    """The int8 (signed grid) or uint8 codes that `pack` stored."""
+    count = math.prod(shape)
+    bits = np.unpackbits(packed.numpy(), count=count * grid.bits, bitorder="little").reshape(count, grid.bits)
+    values = np.packbits(bits, axis=1, bitorder="little")[:, 0].astype(np.int16)
+    if grid.signed:
+        values -= (values >> (grid.bits - 1)) << grid.bits
+    return torch.from_numpy(values.astype(np.int8 if grid.signed else np.uint8)).reshape(shape)
