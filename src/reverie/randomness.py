@@ -5,6 +5,7 @@ batch, and not from a generator that flows through the run: so a resumed run dra
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,11 @@ class Seed:
         """The seed of a place further down."""
         return Seed(self.value, (*self.path, *places))
 
+    def derived(self) -> int:
+        """The seed of this place's own stream, in 0..2^63-1; stable for ever."""
+        digest = hashlib.sha256(json.dumps([self.value, *self.path]).encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
     def generator(self, device: str | torch.device = "cpu") -> torch.Generator:
-        """A fresh generator, the same at every call: SHA-256 of seed and path makes its state."""
-        digest = hashlib.sha256(repr((self.value, self.path)).encode()).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        """A fresh generator, the same at every call, independent of what is drawn at any other place."""
+        return torch.Generator(device).manual_seed(self.derived())

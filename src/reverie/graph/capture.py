@@ -36,9 +36,7 @@ def capture(module: nn.Module, shape: tuple[int, ...], *, name: str = "network")
     with _evaluating(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(
-                module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
-            )
+            exported = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
             graph = exported.run_decompositions({}).module()
         except _EXPORT_FAILURES as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,22 +10,36 @@ import copy
 import torch
 from torch import fx
 
-from reverie.graph.operators import BATCH_NORM, LAYERS, arguments, attribute, constant, set_attribute
+from reverie.graph.operators import BATCH_NORM, LAYERS, LINEARS, arguments, attribute, constant, set_attribute
+
+
+def obstacle(batch_norm: fx.Node) -> str | None:
+    """What keeps a batch norm from folding; None if it folds."""
+    named = arguments(batch_norm)
+    layer = named["input"]
+    if layer.target not in LAYERS:
+        return f"it normalizes {layer.name!r}, which is not the output of a convolution or linear layer"
+    if len(layer.users) > 1:
+        return f"{layer.name!r} is read by others too"
+    inner = arguments(layer)
+    if not constant(inner["weight"]) or not (inner["bias"] is None or constant(inner["bias"])):
+        return f"{layer.name!r} computes its weight or bias"
+    if not (constant(named["running_mean"]) and constant(named["running_var"])):
+        return "it has no running statistics"
+    if layer.target in LINEARS and layer.meta["val"].dim() != 2:
+        return f"it normalizes another axis of {layer.name!r} than its outputs"
+    return None
 
 
 def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph without the batch norms that fold; same outputs up to rounding of float arithmetic."""
     folded = copy.deepcopy(graph)
     for node in list(folded.graph.nodes):
-        if not (node.op == "call_function" and node.target is BATCH_NORM):
+        if not (node.op == "call_function" and node.target is BATCH_NORM) or obstacle(node) is not None:
             continue
         named = arguments(node)
         layer = named["input"]
-        if layer.target not in LAYERS or len(layer.users) > 1:
-            continue
         inner = arguments(layer)
-        if not constant(inner["weight"]) or not (inner["bias"] is None or constant(inner["bias"])):
-            continue
         weight, bias = attribute(folded, inner["weight"]), attribute(folded, inner["bias"])
         mean, variance = attribute(folded, named["running_mean"]), attribute(folded, named["running_var"])
         gamma, beta = attribute(folded, named["weight"]), attribute(folded, named["bias"])
@@ -35,9 +49,10 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
         shift = ((0.0 if bias is None else bias.double()) - mean.double()) * gain + (0.0 if beta is None else beta.double())
         path = inner["weight"].target.rpartition(".")[0]
         prefix = f"{path}." if path else ""
+        shared = len(inner["weight"].users) > 1
         # A weight that several layers share must not be folded twice, so each folded layer gets its own.
         for key, value in (("folded_weight", weight * gain.view(-1, *[1] * (weight.dim() - 1))), ("folded_bias", shift)):
-            name = f"{prefix}{key}" if len(inner["weight"].users) == 1 else f"{prefix}{key}_{layer.name}"
+            name = f"{prefix}{key}_{layer.name}" if shared else f"{prefix}{key}"
             set_attribute(folded, name, value.to(weight.dtype))
             with folded.graph.inserting_before(layer):
                 stored = folded.graph.get_attr(name)

@@ -108,6 +108,14 @@ def data_nodes(graph: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
+def combines_computed(node: fx.Node, data: set[fx.Node]) -> bool:
+    """Whether every operand of an add, product or concatenation is computed: no stored tensor among them, no number."""
+    if node.target in ARITHMETIC:
+        named = arguments(node)
+        return named["self"] in data and named["other"] in data
+    return node.target in CONCATENATIONS and all(operand in data for operand in node.all_input_nodes)
+
+
 def layers(graph: fx.GraphModule) -> list[fx.Node]:
     """Convolutions and linear layers with a stored weight, in execution order."""
     return [

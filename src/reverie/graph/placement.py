@@ -21,15 +21,14 @@ from torch import fx, nn
 
 from reverie.errors import ModelError
 from reverie.graph.operators import (
-    ARITHMETIC,
     AVERAGES,
     CLIPPING,
-    CONCATENATIONS,
     CONVOLUTIONS,
     LAYERS,
     PASS_THROUGH,
     arguments,
     attribute,
+    combines_computed,
     constant,
     data_nodes,
     layers,
@@ -171,10 +170,8 @@ def _integer_tensors(graph: fx.GraphModule) -> set[fx.Node]:
             continue
         if (node.target in LAYERS and constant(arguments(node)["weight"])) or node.target in AVERAGES:
             wanted.add(_origin(node.all_input_nodes[0]))
-        if node.target in ARITHMETIC or node.target in CONCATENATIONS:
-            operands = list(node.all_input_nodes)
-            if all(operand in data for operand in operands):
-                wanted.update(_origin(operand) for operand in operands)
+        if combines_computed(node, data):
+            wanted.update(_origin(operand) for operand in node.all_input_nodes)
         if node.target in CONVOLUTIONS:
             wanted.add(_clipped(node))
     output = graph.graph.output_node().args[0]

@@ -7,6 +7,7 @@ activations and shape changes behind it. A **layer** is a convolution or linear 
 only reader.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ class Unit:
     Args:
         name: Of the tensor it produces.
         nodes: The data nodes it computes, in execution order.
-        inputs: Tensors from outside that it reads (constants not counted).
+        inputs: Tensors from outside that it reads (constants and the batch size not counted).
         output: The tensor it produces.
         layers: The convolutions and linear layers inside.
     """
@@ -43,15 +44,15 @@ def find_units(graph: fx.GraphModule, kind: UnitKind) -> list[Unit]:
     data = data_nodes(graph)
     order = [node for node in graph.graph.nodes if node in data]
     if kind == "network":
-        return [_unit(order[1:], layers(graph))] if layers(graph) else []
+        return [_unit(order[1:], layers(graph), data)] if layers(graph) else []
     if kind == "layer":
         groups = []
         for layer in layers(graph):
             readers = list(layer.users)
             activation = readers[0] if len(readers) == 1 and readers[0].target in _ACTIVATIONS else None
             groups.append([layer, activation] if activation is not None else [layer])
-        return [_unit(group, layers(graph)) for group in groups]
-    return [_unit(region, layers(graph)) for region in _regions(order, data)]
+        return [_unit(group, layers(graph), data) for group in groups]
+    return [_unit(region, layers(graph), data) for region in _regions(order, data)]
 
 
 def _regions(order: list[fx.Node], data: set[fx.Node]) -> list[list[fx.Node]]:
@@ -62,7 +63,8 @@ def _regions(order: list[fx.Node], data: set[fx.Node]) -> list[list[fx.Node]]:
     for index, node in enumerate(order):
         readers = [position[user] for user in node.users if user in data]
         # `furthest` is the last reader of anything before this node: beyond it, an edge would bypass the node.
-        cut = furthest <= index
+        # Nor is a split one: it is several tensors.
+        cut = furthest <= index and not any(user.target is operator.getitem for user in node.users)
         furthest = max([furthest, *readers])
         if index == 0:
             continue
@@ -82,12 +84,12 @@ def _regions(order: list[fx.Node], data: set[fx.Node]) -> list[list[fx.Node]]:
     return merged
 
 
-def _unit(nodes: list[fx.Node], all_layers: list[fx.Node]) -> Unit:
+def _unit(nodes: list[fx.Node], all_layers: list[fx.Node], data: set[fx.Node]) -> Unit:
     inside = set(nodes)
     inputs: list[str] = []
     for node in nodes:
         for source in node.all_input_nodes:
-            if source not in inside and source.op != "get_attr" and source.name not in inputs:
+            if source in data and source not in inside and source.name not in inputs:
                 inputs.append(source.name)
     known = set(all_layers)
     return Unit(

@@ -1,80 +1,29 @@
-"""Where networks come from. Each file is one source: it turns a name into a `Network`.
+"""Where networks come from. Each file is one source: `timm:resnet18` asks `timm.py` for `resnet18`.
 
-A source file defines `load(name: str) -> Network` (`file.py` takes more, see there), imports its library lazily and says
-in a `ModelError` which extra to install when it is missing.
+A source file defines `load(name: str) -> Network`, with the module in evaluation mode. Options of its own are keyword-only
+arguments. It imports its library lazily and says in a `ModelError` which extra to install when it is missing. `file.py` is
+the one source without a prefix: it takes `path/to/file.py:FACTORY`.
+
+A network made in Python needs no source: `Network(name=..., module=module.eval(), input=..., classes=...)`.
 """
 
 import hashlib
+import importlib
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from reverie.errors import ConfigError, ModelError
+from reverie import plugins
+from reverie.errors import ConfigError, ModelError, unknown
 from reverie.images import Images
-
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputContract:
-    """What the network expects of an image: its shape, and how pixels become inputs.
-
-    Pixels are scaled to 0..1 first, then `(pixel - mean) / std` per channel. A network that takes raw 0..255 pixels has
-    mean 0 and std 1/255. Images from files are resized so that their shorter side is `resize`, then centre-cropped.
-
-    Args:
-        channels, height, width: Shape of one input.
-        mean, std: Per channel, of pixels in 0..1.
-        resize: Shorter side in pixels before the centre crop; None means `max(height, width)` (no margin).
-        interpolation: How an image file is resized.
-    """
-
-    channels: int
-    height: int
-    width: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: int | None = None
-    interpolation: Interpolation = "bilinear"
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"InputContract.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) != self.channels:
-                raise ConfigError(
-                    f"InputContract.{name} must have one value per channel ({self.channels}), got {len(getattr(self, name))}"
-                )
-        if min(self.std) <= 0:
-            raise ConfigError(f"InputContract.std must be positive, got {min(self.std)}")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        return self.channels, self.height, self.width
-
-    def normalize(self, pixels: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "*batch channels height width"]:
-        """Network inputs from pixels in 0..1."""
-        return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
-
-    def denormalize(self, inputs: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "*batch channels height width"]:
-        """Pixels, 0..1 where the inputs are valid images; not clamped."""
-        return inputs * self._column(self.std, inputs) + self._column(self.mean, inputs)
-
-    def bounds(self, like: Tensor) -> tuple[Float[Tensor, "channels 1 1"], Float[Tensor, "channels 1 1"]]:
-        """The inputs that black (0) and white (1) pixels become, per channel, on the device of `like`."""
-        mean, std = self._column(self.mean, like), self._column(self.std, like)
-        return -mean / std, (1 - mean) / std
-
-    @staticmethod
-    def _column(values: tuple[float, ...], like: Tensor) -> Float[Tensor, "channels 1 1"]:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+from reverie.images.contract import InputContract as InputContract
+from reverie.images.contract import Interpolation as Interpolation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +62,49 @@ class Network:
                     f"{self.name}: weights must be finite, got {bad} NaN or infinite values in {key!r}; "
                     "use a checkpoint from before the training diverged"
                 )
+
+
+def load(name: str, **options: Any) -> Network:
+    """The trained network that `name`, `SOURCE:NAME` or `path/to/file.py:FACTORY`, stands for.
+
+    Args:
+        name: Such as `embedded:digits`, `timm:resnet18`, `package:mobilenet_v2`, `nets/mine.py:resnet20`.
+        options: Keyword arguments of the source's own `load`, such as `weights` of a Python file.
+
+    Raises:
+        ConfigError: No such source or network, or an option that the source does not take or lacks.
+        ModelError: The network cannot be had, or its weights are not finite.
+    """
+    source, rest = _source(name)
+    load_from = importlib.import_module(f"{__name__}.{source}").load
+    _check_options(name, options, inspect.signature(load_from))
+    network: Network = load_from(rest, **options)
+    network.check_weights()
+    return network
+
+
+def _source(name: str) -> tuple[str, str]:
+    """The source's file name, and what to ask it for."""
+    prefix, colon, rest = name.partition(":")
+    if name.rpartition(":")[0].endswith(".py") or name.endswith(".py"):
+        return "file", name
+    sources = [source for source in plugins.names(sys.modules[__name__]) if source != "file"]
+    if not colon:
+        raise ConfigError(
+            f"a network must be SOURCE:NAME with SOURCE one of {', '.join(sources)}, or path/to/file.py:FACTORY, got {name!r}"
+        )
+    if prefix not in sources:
+        raise unknown("network source", prefix, sources)
+    return prefix, rest
+
+
+def _check_options(name: str, options: dict[str, Any], signature: inspect.Signature) -> None:
+    """Refuses options before the source does any work."""
+    taken = {key: option for key, option in signature.parameters.items() if option.kind is option.KEYWORD_ONLY}
+    for key in options:
+        if key not in taken:
+            choices = f"it takes {', '.join(sorted(taken))}" if taken else "it takes no options"
+            raise ConfigError(f"{name}: got the option {key!r}; {choices}")
+    lacking = [key for key, option in taken.items() if option.default is option.empty and key not in options]
+    if lacking:
+        raise ConfigError(f"{name}: {', '.join(lacking)} must be given, got nothing; a Python file does not say them")

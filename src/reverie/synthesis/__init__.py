@@ -1,1 +1,79 @@
-"""."""
+"""Making images out of a trained network. Each file is one paper, or one baseline.
+
+A method gets the captured teacher and answers with `Images` in the network's input units, whose labels are what it asked
+the network for (if it asked for a class) and whose `sources` carry its name. It leaves the teacher as it found it: same
+weights, buffers and modes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, fx
+
+from reverie.checkpoints import Checkpoints
+from reverie.graph.batch_norm import BatchNorm, batch_norms
+from reverie.images import Images
+from reverie.images.contract import InputContract
+from reverie.progress import Progress
+from reverie.randomness import Seed
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The full-precision network as synthesis sees it.
+
+    Args:
+        graph: Captured, batch norms not folded.
+        input: What it expects of an image.
+        classes: Number of classes.
+        name: What the user called it.
+    """
+
+    graph: fx.GraphModule
+    input: InputContract
+    classes: int
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((tensor.device for tensor in self.graph.state_dict().values()), torch.device("cpu"))
+
+    @property
+    def batch_norms(self) -> list[BatchNorm]:
+        """What its batch norms remember, in execution order."""
+        return batch_norms(self.graph)
+
+    @torch.no_grad()
+    def logits(self, inputs: Float[Tensor, "count *shape"], batch: int = 64) -> Float[Tensor, "count classes"]:
+        """Its answers, on the CPU, a batch at a time."""
+        parts = [self.graph(part.to(self.device)).cpu() for part in torch.split(inputs, batch)]
+        return torch.cat(parts)
+
+
+@runtime_checkable
+class Synthesis(Protocol):
+    """Makes images; the object is its own configuration.
+
+    `needs_batch_norm` is a class constant: whether the method reads batch-norm statistics, so that a network without any
+    can be refused before anything else is done.
+    """
+
+    needs_batch_norm: ClassVar[bool]
+
+    def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
+        """`count` images; the same for the same teacher, seed and settings, interrupted or not.
+
+        Raises:
+            ModelError: The network lacks what the method reads.
+        """
+        ...
+
+
+def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(number, images) of each batch: all of `size` but the last."""
+    for number, start in enumerate(range(0, count, size)):
+        yield number, min(size, count - start)

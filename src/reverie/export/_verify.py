@@ -1,0 +1,257 @@
+"""Proof that ONNX Runtime executes a file as integers, and that it computes what the student computes.
+
+What is proven is the session that users get: default options, all optimizations. Two notions of parity:
+
+*Local*: every quantized tensor, one at a time. The student computes it from ONNX Runtime's own preceding codes, so what
+differs is this one step's arithmetic and not what came before. Float and fixed-point rounding of one accumulator part
+company by at most one step of the grid; more is a wrong scale, a wrong bound or a wrong kernel.
+
+*End to end*: the logits of both, run freely on the same images. One-step differences spread through a network (through
+4-bit activations visibly), so logits differ; what must agree is the class. An image whose two best logits are closer
+to each other than any logit differs between the two is a tie: neither answer is wrong, so a disagreement there does not
+count as a failure. It does count in `top1_agreement`, which is what is reported.
+
+To see inside, a probe gives the codes out as well. Asking for them must not change how the network runs, so the probe's
+logits have to equal the default session's bit for bit.
+
+Not here: accuracy on labelled images and latency (`report.measure`), and runtimes other than ONNX Runtime.
+"""
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from jaxtyping import Float
+from torch import Tensor, fx
+
+from reverie.errors import ExportError
+from reverie.graph.quantized import QuantizedNetwork
+from reverie.graph.quantizers import ActivationQuantizer
+from reverie.grid import dequantize, quantize
+
+# Kernels of ONNX Runtime that multiply integers, each named after the node it was made of.
+INTEGER_KERNELS = frozenset({"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"})
+MAX_CODE_DIFFERENCE = 1
+
+_ERRORS_ONLY = 3
+_LAYOUT_SUFFIX = re.compile(r"_token_\d+$")
+
+
+@dataclass(frozen=True)
+class TensorParity:
+    """How one tensor's codes compare.
+
+    Args:
+        max_code_difference: In steps of its grid.
+        differing_share: Of all its values, 0 to 1.
+    """
+
+    max_code_difference: int
+    differing_share: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What ONNX Runtime and the student say on the same images.
+
+    Args:
+        max_code_difference: The largest of any tensor, in steps of its grid, computed locally.
+        differing_share: Of all values of all quantized tensors, 0 to 1.
+        top1_agreement: Share of images with the same class, run freely.
+        untied_disagreements: Images with another class that are not ties.
+        max_logit_difference: Run freely.
+        images: How many.
+        per_tensor: By the name of the tensor.
+    """
+
+    max_code_difference: int
+    differing_share: float
+    top1_agreement: float
+    untied_disagreements: int
+    max_logit_difference: float
+    images: int
+    per_tensor: dict[str, TensorParity]
+
+
+def open_session(model: Path | bytes, *, threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session on the CPU with default optimizations.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the model.
+    """
+    return _open(model, _options(threads))
+
+
+def predict(session: onnxruntime.InferenceSession, images: Float[Tensor, "n *shape"], *, batch: int = 64) -> Float[Tensor, "n classes"]:
+    """The logits for all images."""
+    (given,) = session.get_inputs()
+    chunks = [session.run(["logits"], {given.name: part.numpy()})[0] for part in torch.split(images.cpu(), batch)]
+    return torch.from_numpy(np.concatenate(chunks))
+
+
+def kernels(model: Path | bytes) -> Counter[str]:
+    """How often each operator type occurs in what ONNX Runtime makes of the model."""
+    return Counter(node.op_type for node in _optimized(model).graph)
+
+
+def float_layers(model: Path | bytes, layers: Iterable[str]) -> list[str]:
+    """Those of the `layers` (by the names of their nodes) that ONNX Runtime does not execute as integers."""
+    integer = {
+        _LAYOUT_SUFFIX.sub("", node.name or "") for node in _optimized(model).graph if node.op_type in INTEGER_KERNELS
+    }
+    return [layer for layer in layers if layer not in integer]
+
+
+def assert_integer(model: Path | bytes, quantized: QuantizedNetwork) -> None:
+    """Checks that every layer became an integer kernel.
+
+    Raises:
+        ExportError: Some did not; the message names them.
+    """
+    left = float_layers(model, quantized.layers)
+    if left:
+        named = ", ".join(quantized.layers[name].path for name in left)
+        raise ExportError(
+            f"onnxruntime: all {len(quantized.layers)} layers must run as integers, got {len(left)} in float: {named}; "
+            "the file is right but slow, another version of onnxruntime may fuse them"
+        )
+
+
+def measure_parity(
+    quantized: QuantizedNetwork, path: Path, images: Float[Tensor, "n *shape"], *, batch: int = 64, threads: int = 1
+) -> Parity:
+    """Runs both on the images and compares every quantized tensor and the logits.
+
+    Args:
+        path: A file written from `quantized`.
+        images: In the network's own input units.
+        batch: Images at a time.
+
+    Raises:
+        ExportError: The file lacks a quantized tensor, or probing changes what ONNX Runtime computes.
+    """
+    names = list(quantized.activations)
+    session = open_session(path, threads=threads)
+    probe = open_session(_probe(path, names), threads=threads)
+    (given,) = session.get_inputs()
+    worst: Counter[str] = Counter()
+    differing: Counter[str] = Counter()
+    values: Counter[str] = Counter()
+    ours, theirs = [], []
+    with torch.no_grad():
+        for part in torch.split(images.cpu(), batch):
+            logits, *codes = probe.run(["logits", *(f"{name}_codes" for name in names)], {given.name: part.numpy()})
+            free = session.run(["logits"], {given.name: part.numpy()})[0]
+            if not np.array_equal(logits, free):
+                raise ExportError(
+                    f"{path}: reading the codes must not change the logits, got a difference of {np.abs(logits - free).max()!r}; "
+                    "this version of onnxruntime optimizes the probed model differently, try another"
+                )
+            comparison = _LocalComparison(quantized.graph, dict(zip(names, codes, strict=True)))
+            comparison.run(part)
+            for name, difference in comparison.differences.items():
+                worst[name] = max(worst[name], int(difference.max()))
+                differing[name] += int((difference != 0).sum())
+                values[name] += difference.numel()
+            ours.append(quantized.graph(part))
+            theirs.append(torch.from_numpy(free))
+    student, runtime = torch.cat(ours), torch.cat(theirs)
+    logit_difference = float((student - runtime).abs().max())
+    best = student.topk(min(2, student.shape[1]), dim=1)
+    disagree = best.indices[:, 0] != runtime.argmax(dim=1)
+    tied = best.values[:, 0] - best.values[:, -1] <= logit_difference
+    return Parity(
+        max_code_difference=max(worst.values(), default=0),
+        differing_share=sum(differing.values()) / max(1, sum(values.values())),
+        top1_agreement=1 - float(disagree.double().mean()),
+        untied_disagreements=int((disagree & ~tied).sum()),
+        max_logit_difference=logit_difference,
+        images=len(images),
+        per_tensor={name: TensorParity(worst[name], differing[name] / max(1, values[name])) for name in values},
+    )
+
+
+class _LocalComparison(fx.Interpreter):
+    """Runs the student; at every quantizer, compares its codes with the runtime's and goes on with the runtime's."""
+
+    def __init__(self, graph: fx.GraphModule, codes: dict[str, Any]) -> None:
+        super().__init__(graph)
+        self._codes = codes
+        self.differences: dict[str, Tensor] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        quantizer = self.fetch_attr(str(target))
+        if not isinstance(quantizer, ActivationQuantizer):
+            return super().call_module(target, args, kwargs)
+        name = str(target).rpartition(".")[2]
+        ours = quantize(args[0], quantizer.scale, quantizer.zero_point, quantizer.grid)
+        # A pooling that the file keeps four-dimensional has the same values in the same order.
+        theirs = torch.from_numpy(self._codes[name]).to(ours.dtype).reshape(ours.shape)
+        self.differences[name] = (ours - theirs).abs()
+        return dequantize(theirs, quantizer.scale, quantizer.zero_point)
+
+
+def assert_parity(parity: Parity) -> None:
+    """Checks that the differences are those of rounding.
+
+    Raises:
+        ExportError: Some tensor is more than a step apart, or some image has another class and is no tie.
+    """
+    if parity.max_code_difference > MAX_CODE_DIFFERENCE:
+        name, worst = max(parity.per_tensor.items(), key=lambda item: item[1].max_code_difference)
+        raise ExportError(
+            f"{name}: codes of onnxruntime and the student must be at most {MAX_CODE_DIFFERENCE} step apart, got "
+            f"{worst.max_code_difference} steps ({worst.differing_share:.2%} of its values differ); "
+            "the file does not say what was quantized, please report it"
+        )
+    if parity.untied_disagreements:
+        raise ExportError(
+            "logits: onnxruntime and the student must give the same class wherever the student's best two logits are more "
+            f"than {parity.max_logit_difference:.3g} apart, got {parity.untied_disagreements} other classes on "
+            f"{parity.images} images; the file does not say what was quantized, please report it"
+        )
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERRORS_ONLY
+    return options
+
+
+def _open(model: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # noqa: BLE001
+        raise ExportError("") from error
+
+
+def _optimized(model: Path | bytes) -> ir.Model:
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(1)
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        _open(model, options)
+        return ir.load(options.optimized_model_filepath)
+
+
+def _probe(path: Path, names: list[str]) -> bytes:
+    """The file with the codes of the tensors named as additional outputs."""
+    model = ir.load(path)
+    found = {value.name: value for node in model.graph for value in node.outputs}
+    for name in names:
+        value = found.get(f"{name}_codes")
+        if value is None:
+            raise ExportError(f"{path}: must hold the tensor {name!r}, got none; compare a file with the network it was written from")
+        value.type = ir.TensorType(ir.DataType.UINT8)
+        model.graph.outputs.append(value)
+    return ir.to_proto(model).SerializeToString()

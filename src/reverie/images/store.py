@@ -1,0 +1,111 @@
+"""Saves sets of images: for Reverie and other tools (safetensors), for the eye (PNG).
+
+The safetensors file holds `inputs`, and `labels` and `logits` if known; its metadata has one entry, `reverie`, a JSON
+object with `sources` and `provenance`. Equal sets give equal bytes.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from reverie.errors import ConfigError
+from reverie.images import Images
+from reverie.images.contract import InputContract
+from reverie.runs import atomic_write
+
+_TENSORS = ("inputs", "labels", "logits")
+_CELL = 96
+_GAP = 8
+_CAPTION = 16
+
+
+def save_images(images: Images, path: Path) -> None:
+    """Writes `images` to the safetensors file `path`, whole or not at all.
+
+    Raises:
+        ConfigError: No space left, or `path` cannot be written.
+    """
+    present = {name: getattr(images, name) for name in _TENSORS if getattr(images, name) is not None}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in present.items()}
+    # One entry only: safetensors writes several in an order that changes from process to process.
+    about = {"reverie": json.dumps({"sources": images.sources, "provenance": images.provenance}, sort_keys=True)}
+    atomic_write(path, lambda aside: save_file(tensors, aside, about))
+
+
+def load_images(path: Path) -> Images:
+    """The set that `save_images` wrote to `path`.
+
+    Raises:
+        ConfigError: No such file, or not one that `save_images` wrote.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["reverie"])
+            tensors = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
+            return Images(
+                inputs=tensors["inputs"],
+                labels=tensors.get("labels"),
+                logits=tensors.get("logits"),
+                sources=tuple(about["sources"]),
+                provenance=about["provenance"],
+            )
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: must be a .safetensors file of images, got no such file; check the path") from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: must be a .safetensors file of images saved by Reverie, got another or a damaged one"
+        ) from error
+
+
+def save_pngs(images: Images, contract: InputContract, folder: Path, limit: int | None = None) -> list[Path]:
+    """Writes the first `limit` images as `0000_class7.png` (`0000.png` without labels) into `folder`; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(images, contract, limit)
+    captions = [caption.replace(" ", "") for caption in _captions(images, len(pictures))]
+    names = [f"{index:04d}_{caption}".rstrip("_") for index, caption in enumerate(captions)]
+    paths = [folder / f"{name}.png" for name in names]
+    for path, picture in zip(paths, pictures, strict=True):
+        atomic_write(path, _png(Image.fromarray(picture)))
+    return paths
+
+
+def contact_sheet(images: Images, contract: InputContract, path: Path, columns: int = 8, limit: int = 64) -> None:
+    """Writes the first `limit` images as one PNG, `columns` side by side, each with its class below; small ones enlarged."""
+    pictures = _pictures(images, contract, limit)
+    factor = max(1, round(_CELL / max(contract.height, contract.width)))
+    width, height = contract.width * factor, contract.height * factor
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    below = _GAP if images.labels is None else _CAPTION + _GAP
+    sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * (height + below) + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for index, (picture, caption) in enumerate(zip(pictures, _captions(images, len(pictures)), strict=True)):
+        left = _GAP + index % columns * (width + _GAP)
+        top = _GAP + index // columns * (height + below)
+        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left + width // 2, top + height + 2), caption, fill="#444444", font=font, anchor="mt")
+    atomic_write(path, _png(sheet))
+
+
+def _pictures(images: Images, contract: InputContract, limit: int | None) -> list[UInt8[np.ndarray, "height width *rgb"]]:
+    """The first images as the eye sees them: in colour, or grey from the first channel when there are not three."""
+    pixels = contract.denormalize(images.inputs[:limit].detach().cpu()).clamp(0, 1)
+    levels = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return list(np.ascontiguousarray(levels if contract.channels == 3 else levels[..., 0]))
+
+
+def _captions(images: Images, count: int) -> list[str]:
+    return [""] * count if images.labels is None else [f"class {label}" for label in images.labels[:count].tolist()]
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return buffer.getvalue()

@@ -1,0 +1,111 @@
+"""Weight files: state dicts only, never code, and a clear word when one does not fit its network.
+
+Pickled checkpoints are read with `torch.load(weights_only=True)`; whatever needs more is refused. A checkpoint that wraps
+its state dict as `{"state_dict": ...}` or `{"model": ...}` is unwrapped, and the `module.` that `nn.DataParallel` puts in
+front of every key is dropped.
+"""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from reverie.errors import ConfigError, ModelError
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+_WRAPPERS = ("state_dict", "model")
+_PARALLEL_PREFIX = "module."
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The state dict in `path`, on the CPU.
+
+    Raises:
+        ConfigError: No such file, another format, damaged, or a pickle that holds more than tensors.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: weights must be a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {path.suffix!r}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: weights must be an existing file, got {'a folder' if path.is_dir() else 'nothing there'}")
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrap(_read_pickle(path), path)
+    if state and all(key.startswith(_PARALLEL_PREFIX) for key in state):
+        state = {key.removeprefix(_PARALLEL_PREFIX): value for key, value in state.items()}
+    return state
+
+
+def fit_(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Puts `state` into `module`, in place.
+
+    Keys and shapes must agree; only the counters `num_batches_tracked`, which older checkpoints lack and inference never
+    reads, may be missing.
+
+    Raises:
+        ModelError: They do not agree; names the first difference of each kind.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    extra = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    found = []
+    if missing:
+        found.append(f"no {missing[0]!r} {tuple(own[missing[0]].shape)}{_more(missing)}")
+    if extra:
+        found.append(f"an unknown {extra[0]!r} {tuple(state[extra[0]].shape)}{_more(extra)}")
+    if reshaped:
+        key = reshaped[0]
+        found.append(f"{key!r} {tuple(state[key].shape)} for {tuple(own[key].shape)}{_more(reshaped)}")
+    if found:
+        raise ModelError(f"weights must fit the architecture, got {'; '.join(found)}; use the weights of this very network")
+    module.load_state_dict(state, strict=False)
+
+
+def _more(keys: list[str]) -> str:
+    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{path}: must be a whole safetensors file, got {_one_line(error)}; fetch it again") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch wraps the reason into a screenful of advice, part of which is to turn the protection off.
+        reason = re.search(r"Unsupported [^\n]*?(?= was not an allowed|\n|$)", str(error))
+        got = reason[0] if reason else _one_line(error)
+        raise ConfigError(
+            f"{path}: weights must be a state dict of tensors alone, got a pickle that needs more ({got}); "
+            "save model.state_dict() in place of the model"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ConfigError(f"{path}: must be a whole PyTorch file, got {_one_line(error)}; fetch it again") from error
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict):
+        for wrapper in _WRAPPERS:
+            if isinstance(content.get(wrapper), dict):
+                content = content[wrapper]
+                break
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: weights must be a state dict, got a {type(content).__name__}; save model.state_dict()")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"{path}: weights must be a state dict of tensors alone, got a {type(value).__name__} at {key!r}; "
+                "save model.state_dict() alone, or as 'state_dict' or 'model'"
+            )
+    return dict(content)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

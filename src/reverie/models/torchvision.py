@@ -1,0 +1,59 @@
+"""`torchvision:NAME`: torchvision's classification networks with their newest ImageNet weights.
+
+The input contract comes from the transforms that torchvision keeps beside the weights.
+
+Not here: detection, segmentation, video and already quantized networks, and older weights of the same network.
+"""
+
+from typing import Any
+
+from reverie.errors import ModelError, at
+from reverie.models import InputContract, Network, _torchvision_import
+from reverie.models._libraries import unknown_network
+
+# Without weights these would start with training-only heads and a slow initialization that torchvision warns about.
+_RANDOM: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": False},
+    "inception_v3": {"aux_logits": False, "init_weights": False},
+}
+
+
+def load(name: str, *, pretrained: bool = True) -> Network:
+    """The network `name`, as `torchvision.models.list_models` spells it.
+
+    Args:
+        pretrained: Load (and on first use download) the trained weights; random ones otherwise.
+
+    Raises:
+        ConfigError: No such network; the message names close ones.
+        ModelError: torchvision is not installed, or the weights cannot be fetched.
+    """
+    place = f"torchvision:{name}"
+    with at(place):
+        models = _torchvision_import.torchvision().models
+    choices = models.list_models(module=models)
+    if name not in choices:
+        raise unknown_network(
+            place, [f"torchvision:{choice}" for choice in choices], listing="torchvision.models.list_models()"
+        )
+    weights = models.get_model_weights(name).DEFAULT
+    try:
+        module = models.get_model(name, weights=weights) if pretrained else models.get_model(name, **_RANDOM.get(name, {}))
+    except OSError as error:
+        raise ModelError(f"{place}: weights must be at {weights.url}, got {error}; check the connection to it") from error
+    return Network(
+        name=place, module=module.eval(), input=_contract(weights.transforms()), classes=len(weights.meta["categories"])
+    )
+
+
+def _contract(transforms: Any) -> InputContract:
+    crop, resize = transforms.crop_size[0], transforms.resize_size[0]
+    return InputContract(
+        channels=len(transforms.mean),
+        height=crop,
+        width=crop,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        resize=resize,
+        interpolation=transforms.interpolation.value,
+    )

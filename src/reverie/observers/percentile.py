@@ -1,0 +1,52 @@
+"""The range that holds a given share of the values: clips a fixed share of outliers."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reverie.grid import Grid
+from reverie.observers._sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Percentile:
+    """The central `percentile` percent of the values.
+
+    Args:
+        percentile: 50 to 100. An end at which the exact minimum or maximum is 0.0 (behind a ReLU) stays there.
+        capacity: Values kept of each batch.
+    """
+
+    percentile: float = 99.99
+    capacity: int = 32_768
+
+    def watch(self) -> "PercentileWatch":
+        """A fresh memory for one tensor."""
+        return PercentileWatch(self)
+
+
+class PercentileWatch:
+    """A sample of the values."""
+
+    def __init__(self, settings: Percentile) -> None:
+        self._settings = settings
+        self._sample = Sample(settings.capacity)
+
+    def update(self, values: Float[Tensor, "groups values"]) -> None:
+        """Takes in the values of one more batch."""
+        self._sample.update(values)
+
+    def range(self, grid: Grid, *, symmetric: bool) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
+        """Low and high end for each group."""
+        ordered = self._sample.values().sort(dim=1).values
+        tail = (1 - self._settings.percentile / 100) / 2
+        last = ordered.shape[1] - 1
+        places = torch.tensor([tail * last, (1 - tail) * last], device=ordered.device)
+        below, part = places.floor().long(), places.frac()
+        picked = torch.lerp(ordered[:, below], ordered[:, (below + 1).clamp(max=last)], part.to(ordered.dtype))
+        return picked[:, 0], picked[:, 1]
+
+
+METHOD = Percentile

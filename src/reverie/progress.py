@@ -1,0 +1,221 @@
+"""Events of a running command, shown as bars on a terminal, as plain lines in a log, or as JSON lines.
+
+    progress.plan({"synthesize": 6.0, "quantize": 2.0})    optional: the stages to come and their relative cost
+    with progress.stage("synthesize", total=500) as step:
+        ...
+        step()
+
+The time left of a stage is its time so far x steps left / steps done; the time left overall is the same in units of the
+plan, over the stages that really ran here (stages that a resumed run skips count neither way).
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What we need of a text stream, such as `sys.stderr`."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool: ...
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Is told what happens; one stage at a time."""
+
+    def plan(self, stages: dict[str, float]) -> None:
+        """The stages to come, in order, with their relative costs."""
+        ...
+
+    def start(self, stage: str, total: int) -> None:
+        """`stage` begins and has `total` steps."""
+        ...
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """`amount` steps are done; `note` is a short word on how it goes, such as the loss."""
+        ...
+
+    def finish(self) -> None:
+        """The stage is over, also when it ends with an error before its last step."""
+        ...
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """Starts the stage, gives `advance`, and finishes it in any case."""
+        self.start(name, total)
+        try:
+            yield self.advance
+        finally:
+            self.finish()
+
+
+class Silent(Progress):
+    """Shows nothing."""
+
+    def plan(self, stages: dict[str, float]) -> None:
+        pass
+
+    def start(self, stage: str, total: int) -> None:
+        pass
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class _Timed(Progress):
+    """Keeps count and time; those who show something say how in `_show`, which gets `start`, `advance` or `finish`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._plan: dict[str, float] = {}
+        self._worked = self._seconds_worked = 0.0
+
+    def plan(self, stages: dict[str, float]) -> None:
+        self._plan = dict(stages)
+
+    def start(self, stage: str, total: int) -> None:
+        self.name, self.total, self.done, self.note = stage, total, 0, ""
+        self._began = self._clock()
+        self._show("start")
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self.done, self.note = self.done + amount, note
+        self._show("advance")
+
+    def finish(self) -> None:
+        self._show("finish")
+        if self.name in self._plan:
+            self._worked += self._plan[self.name] * self.fraction
+            self._seconds_worked += self.seconds
+
+    @property
+    def fraction(self) -> float:
+        return min(self.done / self.total, 1.0) if self.total else 1.0
+
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._began
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the stage; None before its first step."""
+        return self.seconds * (1 - self.fraction) / self.fraction if self.fraction else None
+
+    @property
+    def seconds_left_overall(self) -> float | None:
+        """Of the whole plan; None without a plan, for a stage that is not in it, and before the first step."""
+        stages = list(self._plan)
+        if self.name not in stages:
+            return None
+        weight = self._plan[self.name]
+        worked = self._worked + weight * self.fraction
+        to_come = weight * (1 - self.fraction) + sum(self._plan[name] for name in stages[stages.index(self.name) + 1 :])
+        return (self._seconds_worked + self.seconds) * to_come / worked if worked else None
+
+    def _left_text(self) -> str:
+        """Such as `12 s left, 3 min overall, loss 0.4`; empty before the first step."""
+        times = ((self.seconds_left, "left"), (self.seconds_left_overall, "overall"))
+        parts = [f"{duration_text(seconds)} {word}" for seconds, word in times if seconds is not None]
+        return ", ".join([*parts, self.note] if self.note else parts)
+
+    def _show(self, event: str) -> None:
+        raise NotImplementedError
+
+
+class Lines(_Timed):
+    """Plain lines: one at the start, at most one every five seconds, one at the end."""
+
+    def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
+        self._stream = stream
+
+    def _show(self, event: str) -> None:
+        if event == "start":
+            self._write(f"{self.name}: started")
+        elif event == "finish":
+            outcome = "done" if self.done >= self.total else f"stopped at {self.done} of {self.total}"
+            self._write(f"{self.name}: {outcome} after {duration_text(self.seconds)}")
+        elif self._clock() - self._written >= SECONDS_BETWEEN_LINES and self.done < self.total:
+            self._write(f"{self.name}: {self.fraction:.0%}, {self._left_text()}")
+
+    def _write(self, line: str) -> None:
+        self._written = self._clock()
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+
+class JsonLines(_Timed):
+    """One JSON object a line for every event, for programs."""
+
+    def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
+        self._stream = stream
+
+    def _show(self, event: str) -> None:
+        facts: dict[str, str | float | None] = {"event": event, "stage": self.name, "done": self.done, "total": self.total}
+        facts |= {"seconds": _rounded(self.seconds), "seconds_left": _rounded(self.seconds_left)}
+        facts |= {"seconds_left_overall": _rounded(self.seconds_left_overall), "note": self.note}
+        self._stream.write(json.dumps(facts) + "\n")
+        self._stream.flush()
+
+
+class Bars(_Timed):
+    """A bar a stage on standard error, with the time left."""
+
+    def _show(self, event: str) -> None:
+        if event == "start":
+            # Takes 0.1 s to import, which nobody without a terminal should wait for.
+            from rich.console import Console
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("{task.description:12}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[left]}"),
+            )
+            self._bars = RichProgress(*columns, console=Console(stderr=True))
+            self._bars.start()
+            self._task = self._bars.add_task(self.name, total=self.total, left="")
+        elif event == "advance":
+            self._bars.update(self._task, completed=self.done, left=self._left_text())
+        else:
+            self._bars.update(self._task, completed=self.done, left=duration_text(self.seconds))
+            self._bars.stop()
+
+
+def choose(stream: Stream, json: bool) -> Progress:
+    """JSON lines if asked for, bars if `stream` is a terminal, plain lines otherwise."""
+    if json:
+        return JsonLines(stream)
+    return Bars() if stream.isatty() else Lines(stream)
+
+
+def duration_text(seconds: float) -> str:
+    """Such as `0.4 s`, `12 s`, `3 min 20 s` or `2 h 5 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

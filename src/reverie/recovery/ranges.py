@@ -1,0 +1,67 @@
+"""Calibration: the grids of activations and weights, from images and from the weights themselves."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, fx
+
+from reverie.errors import ModelError
+from reverie.graph.placement import Student
+from reverie.graph.taps import tap
+from reverie.observers import Observer, rows, tensor_qparams, weight_qparams
+from reverie.progress import Progress
+
+# A bias code must fit int32 with room for the accumulator it is added to.
+_BIAS_LIMIT = 2.0**30
+
+
+@torch.no_grad()
+def calibrate_activations(
+    teacher: fx.GraphModule,
+    student: Student,
+    inputs: Float[Tensor, "count *shape"],
+    observer: Observer,
+    *,
+    batch: int,
+    progress: Progress,
+) -> None:
+    """Sets the grid of every quantized tensor of the student, in place, from the full-precision values it takes.
+
+    Args:
+        teacher: The graph that `student` was placed on: same node names.
+
+    Raises:
+        ModelError: A tensor takes a value that is not finite.
+    """
+    tapped = tap(teacher, student.activations)
+    watches = {name: observer.watch() for name in student.activations}
+    parts = torch.split(inputs, batch)
+    with progress.stage("calibrate", total=len(parts)) as step:
+        for part in parts:
+            for name, values in tapped(part).items():
+                watches[name].update(rows(values))
+            step()
+    for name, quantizer in student.activations.items():
+        scale, zero_point = tensor_qparams(watches[name], quantizer.grid)
+        if not bool(torch.isfinite(scale)):
+            raise ModelError(
+                f"{name}: values must be finite on every image, got a range that is not; check the weights and images"
+            )
+        quantizer.set_qparams(scale, zero_point)
+
+
+@torch.no_grad()
+def calibrate_weights(student: Student, observer: Observer) -> None:
+    """Sets the grid of every weight, in place; activations must be calibrated first.
+
+    A channel whose scale is so small that its bias would not fit int32 (its weights are next to nothing) gets a larger
+    one: the bias is what it has to say.
+    """
+    for name, layer in student.layers.items():
+        weight = student.graph.get_buffer(layer.weight)
+        quantizer = student.weights[name]
+        scale, zero_point = weight_qparams(weight, observer, quantizer.grid, symmetric=student.kind == "integer")
+        if name in student.biases and layer.bias is not None and layer.source is not None:
+            bias = student.graph.get_buffer(layer.bias)
+            smallest = bias.abs() / (student.activations[layer.source].scale * _BIAS_LIMIT)
+            scale = torch.maximum(scale, smallest.view(scale.shape))
+        quantizer.set_qparams(scale, zero_point)
