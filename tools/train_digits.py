@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     module = train(options.seed, options.epochs)
     state = {key: value for key, value in module.state_dict().items() if not key.endswith("num_batches_tracked")}
-    save_file(state, options.output)
+    options.output.write_bytes(save(state))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     print(f"{options.output}: {parameters} parameters, held-out accuracy {accuracy(module):.4f}")  # noqa: T201
 

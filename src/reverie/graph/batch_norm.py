@@ -41,8 +41,8 @@ class BatchNorm:
 class Statistics:
     """Mean and biased variance at the inputs of all batch norms, in execution order."""
 
-    mean: tuple[Float[Tensor, "*level_channels"], ...]
-    variance: tuple[Float[Tensor, "*level_channels"], ...]
+    mean: tuple[Float[Tensor, "..."], ...]
+    variance: tuple[Float[Tensor, "..."], ...]
 
 
 def batch_norms(graph: fx.GraphModule) -> list[BatchNorm]:

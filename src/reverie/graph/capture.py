@@ -46,14 +46,13 @@ def capture(module: nn.Module, shape: tuple[int, ...], *, name: str = "network")
             ) from error
     assert isinstance(graph, fx.GraphModule)
     _normalize(graph)
-    outputs = graph.graph.output_node().args[0]
-    if isinstance(outputs, (tuple, list)) and len(outputs) == 1:
-        graph.graph.output_node().args = (outputs[0],)
-    elif not isinstance(outputs, fx.Node):
+    outputs = graph.graph.output_node().all_input_nodes
+    if len(outputs) != 1:
         raise ModelError(
-            f"{name}: the network must return one tensor of logits, got {len(outputs) if isinstance(outputs, (tuple, list)) else 'no'} outputs; "
+            f"{name}: the network must return one tensor of logits, got {len(outputs) or 'no'} outputs; "
             "wrap it in a module that returns the logits"
         )
+    graph.graph.output_node().args = (outputs[0],)
     _name_after_modules(graph)
     graph.graph.set_codegen(CodeGen())
     # A plain GraphModule: export's own subclass checks guards and shapes on every call.
@@ -78,6 +77,8 @@ def _copied_state(graph: fx.GraphModule) -> nn.Module:
 def _name_after_modules(graph: fx.GraphModule) -> None:
     """Names every computed tensor after the module that computes it: `layer1_0_conv1`, `layer1_0_add`."""
     for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            node._rename(_free(node.name))
         if node.op != "call_function":
             continue
         operation = "batch_norm" if node.target is BATCH_NORM else node.target.__name__.split(".")[0]
@@ -90,7 +91,12 @@ def _name_after_modules(graph: fx.GraphModule) -> None:
             path = "" if path.startswith("_empty") else path.removeprefix("L['self'].")
         words = path.replace(".", "_")
         named = words if words.endswith(operation) else "_".join(part for part in (words, operation) if part)
-        node._rename(named or operation or "layer")
+        node._rename(_free(named or operation or "layer"))
+
+
+def _free(name: str) -> str:
+    """`name`, or `name_0` where `nn.ModuleDict`, which keeps quantizers by tensor, has an attribute of that name."""
+    return f"{name}_0" if hasattr(nn.ModuleDict(), name) else name
 
 
 def _normalize(graph: fx.GraphModule) -> None:

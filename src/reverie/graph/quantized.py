@@ -68,8 +68,8 @@ def finish(student: Student) -> QuantizedNetwork:
     Raises:
         ModelError: An activation quantizer was never calibrated.
     """
-    for name, quantizer in student.activations.items():
-        if not quantizer.calibrated:
+    for name, activation in student.activations.items():
+        if not activation.calibrated:
             raise ModelError(f"{name}: its range must be known, got no calibration; calibrate the student before finishing it")
     graph = copy.deepcopy(student.graph)
     nodes = {node.name: node for node in graph.graph.nodes}

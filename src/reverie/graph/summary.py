@@ -3,8 +3,8 @@
 Nothing is computed with the weights. Shapes come from running the graph on tensors without data. Units, equalizable
 pairs and operators in float are those of the graph behind `fold_batch_norms`, as the `integer` placement sees it.
 
-Parameters are the floating-point tensors that the graph reads, without running statistics. Multiply-accumulates are those
-of convolutions and linear layers, for one image; the products inside attention are not counted.
+Parameters are the floating-point tensors that the graph reads, without running statistics and single numbers.
+Multiply-accumulates are those of convolutions and linear layers, for one image; products inside attention are not counted.
 """
 
 import math
@@ -19,11 +19,9 @@ from torch._subclasses import FakeTensorMode
 from reverie.graph.equalize import find_pairs
 from reverie.graph.fold import obstacle
 from reverie.graph.operators import (
-    ARITHMETIC,
     AVERAGES,
     BATCH_NORM,
     CLIPPING,
-    CONCATENATIONS,
     CONVOLUTIONS,
     PASS_THROUGH,
     arguments,
@@ -136,7 +134,8 @@ class Summary:
 
 def summarize(graph: fx.GraphModule, shape: tuple[int, ...]) -> Summary:
     """What `graph`, as `capture` returns it, consists of; `shape` is that of one input, without the batch axis."""
-    example = torch.empty(1, *shape)
+    device = next((tensor.device for tensor in graph.buffers()), torch.device("cpu"))
+    example = torch.empty(1, *shape, device=device)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         sizes = shapes(graph, mode.from_tensor(example))
     output = graph.graph.output_node().args[0]
@@ -224,7 +223,7 @@ def _parameters(graph: fx.GraphModule) -> int:
     return sum(
         tensor.numel()
         for target, tensor in stored.items()
-        if tensor is not None and tensor.is_floating_point() and target not in statistics
+        if tensor is not None and tensor.is_floating_point() and tensor.dim() and target not in statistics
     )
 
 
@@ -237,17 +236,17 @@ def _batch_norm_matching(batch_norms: tuple[BatchNormSummary, ...]) -> Verdict:
     if not batch_norms:
         return Verdict("batch-norm matching", False, "no batch norm, so nothing remembers the training data's statistics")
     channels = sum(norm.channels for norm in batch_norms)
-    return Verdict("batch-norm matching", True, f"{_count(batch_norms, 'batch norm')} remember {channels} means and variances")
+    return Verdict("batch-norm matching", True, f"{_count(batch_norms, 'batch norm')} with {channels} means and variances")
 
 
 def _folding(batch_norms: tuple[BatchNormSummary, ...]) -> Verdict:
     kept = [norm for norm in batch_norms if not norm.folds]
     if kept:
-        more = f"; {len(kept) - 1} more" if len(kept) > 1 else ""
-        reason = f"{len(kept)} of {_count(batch_norms, 'batch norm')} stay: {kept[0].name!r}, because {kept[0].reason}{more}"
+        more = f"; and {len(kept) - 1} more" if len(kept) > 1 else ""
+        reason = f"{len(kept)} of {len(batch_norms)} stay: {kept[0].name!r}, because {kept[0].reason}{more}"
         return Verdict("batch-norm folding", False, reason)
-    reason = f"{_count(batch_norms, 'batch norm')} fold into the layers in front of them" if batch_norms else "nothing to fold"
-    return Verdict("batch-norm folding", True, reason)
+    every = f"{len(batch_norms)} of {len(batch_norms)} fold into the layer in front of them"
+    return Verdict("batch-norm folding", True, every if batch_norms else "no batch norm to fold")
 
 
 def _integer_kernels(folded: fx.GraphModule) -> Verdict:
@@ -260,7 +259,6 @@ def _integer_kernels(folded: fx.GraphModule) -> Verdict:
         if node in data
         and node.op == "call_function"
         and not (node in known or node.target in whole or combines_computed(node, data))
-        # What picks one result of a float operator moves no integers.
     )
     if not floating:
         return Verdict("integer kernels", True, "every operator has one")

@@ -25,7 +25,6 @@ class Walk:
 
     def __init__(self, graph: fx.GraphModule, inputs: Tensor, *, batch: int, keep: Iterable[str] = ()) -> None:
         self._graph = graph
-        self._batch = batch
         self._order = list(graph.graph.nodes)
         self._next = 0
         self._kept = set(keep)
@@ -34,7 +33,9 @@ class Walk:
             for source in node.all_input_nodes:
                 self._last_use[source.name] = index
         self._chunks: dict[str, list[Any]] = {}
+        self._joined: dict[str, Tensor] = {}
         self._constants: dict[str, Any] = {}
+        self._images = inputs
         self._inputs = list(torch.split(inputs, batch))
 
     @torch.no_grad()
@@ -48,16 +49,20 @@ class Walk:
             self._next += 1
             for name in [name for name, last in self._last_use.items() if last < self._next and name not in self._kept]:
                 self._chunks.pop(name, None)
+                self._joined.pop(name, None)
                 self._constants.pop(name, None)
 
     def value(self, tensor: str) -> Tensor:
         """The tensor for all images, in one piece."""
-        chunks = self._chunks[tensor]
-        if len(chunks) > 1:
-            self._chunks[tensor] = chunks = [torch.cat(chunks)]
-        value = chunks[0]
-        assert isinstance(value, Tensor)
-        return value
+        if tensor not in self._joined:
+            chunks = self._chunks[tensor]
+            whole = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+            assert isinstance(whole, Tensor)
+            # Later nodes read views of the joined tensor. Their sizes are not always the batch's: windowed attention
+            # has more rows than images.
+            self._chunks[tensor] = list(torch.split(whole, [chunk.shape[0] for chunk in chunks]))
+            self._joined[tensor] = whole
+        return self._joined[tensor]
 
     def release(self, tensor: str) -> None:
         """The caller no longer needs the tensor."""
@@ -65,7 +70,7 @@ class Walk:
 
     def _step(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self._chunks[node.name] = self._inputs
+            self._chunks[node.name], self._joined[node.name] = self._inputs, self._images
         elif node.op == "get_attr":
             self._constants[node.name] = attribute(self._graph, node)
         elif node.op in ("call_function", "call_module"):
@@ -75,10 +80,6 @@ class Walk:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._constants[n.name])
                 self._constants[node.name] = run(*args, **kwargs)
                 return
-            for name in sources:
-                # `value` may have joined the chunks of a tensor that later nodes read.
-                if len(self._chunks[name]) != len(self._inputs):
-                    self._chunks[name] = list(torch.split(self._chunks[name][0], self._batch))
             results = []
             for index in range(len(self._inputs)):
 

@@ -8,20 +8,20 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from reverie.grid import Grid
 
 
-def pack(codes: Int[Tensor, "*shape"], grid: Grid) -> UInt8[Tensor, " bytes"]:
+def pack(codes: Integer[Tensor, "*shape"], grid: Grid) -> UInt8[Tensor, " bytes"]:
     """The codes, flattened in row-major order, `bits` bits each; the last byte is padded with zero bits."""
     values = codes.flatten().to(torch.int16).numpy().astype(np.uint8)
     bits = np.unpackbits(values[:, None], axis=1, count=grid.bits, bitorder="little")
     return torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
 
 
-def unpack(packed: UInt8[Tensor, " bytes"], shape: tuple[int, ...], grid: Grid) -> Int[Tensor, "*shape"]:
+def unpack(packed: UInt8[Tensor, " bytes"], shape: tuple[int, ...], grid: Grid) -> Integer[Tensor, "*shape"]:
     """The int8 (signed grid) or uint8 codes that `pack` stored."""
     count = math.prod(shape)
     bits = np.unpackbits(packed.numpy(), count=count * grid.bits, bitorder="little").reshape(count, grid.bits)

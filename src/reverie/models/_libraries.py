@@ -24,11 +24,11 @@ def require(module: str, *, extra: str, distribution: str) -> ModuleType:
         ) from None
 
 
-def unknown_network(name: str, choices: Collection[str], *, listing: str) -> ConfigError:
+def unknown_network(source: str, name: str, choices: Collection[str], *, listing: str) -> ConfigError:
     """The error for a name that a library does not know.
 
-    A library has hundreds of networks: lists only the close ones and says, with `listing`, how to see all.
+    A library has hundreds of networks: names only the close ones and says, with `listing`, how to see all.
     """
     close = difflib.get_close_matches(name, choices, n=5)
     cure = f"did you mean one of {', '.join(close)}?" if close else f"{listing} lists all {len(choices)}"
-    return ConfigError(f"unknown network {name!r}; {cure}")
+    return ConfigError(f"unknown {source} network {name!r}; {cure}")

@@ -69,7 +69,7 @@ def load(
 def _parse(name: str) -> tuple[Path, str]:
     file, _, factory = name.rpartition(":")
     if not file.endswith(".py") or not factory.isidentifier():
-        raise ConfigError(f"{name}: a network from a file must be path/to/file.py:FACTORY, got {factory!r} after the last ':'")
+        raise ConfigError(f"a network from a file must be path/to/file.py:FACTORY, got {name!r}")
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"{name}: {file} must be a Python file, got {'a folder' if path.is_dir() else 'nothing there'}")
@@ -101,8 +101,9 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _find(names: dict[str, Any], factory: str, path: Path) -> Callable[..., Any]:
-    own = [name for name, value in names.items() if callable(value) and getattr(value, "__module__", "") == names["__name__"]]
     if factory not in names:
+        public = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
+        own = [name for name in public if getattr(names[name], "__module__", None) == names["__name__"]]
         raise unknown("factory", factory, own) if own else ConfigError(f"unknown factory {factory!r}; {path.name} defines none")
     found = names[factory]
     if not callable(found):

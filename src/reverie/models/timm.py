@@ -26,9 +26,10 @@ def load(name: str, *, pretrained: bool = True) -> Network:
     with at(place):
         timm = _torchvision_import.timm()
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture) or (tag and name not in timm.list_pretrained(f"{architecture}.*")):
-        choices = timm.list_pretrained(f"{architecture}.*") or timm.list_models()
-        raise unknown_network(place, [f"timm:{choice}" for choice in choices], listing="timm.list_models()")
+    if not timm.is_model(architecture):
+        raise unknown_network("timm", architecture, timm.list_models(), listing="timm.list_models()")
+    if tag and name not in (tagged := timm.list_pretrained(f"{architecture}.*")):
+        raise unknown_network("timm", name, tagged or [architecture], listing=f"timm.list_pretrained('{architecture}.*')")
     if pretrained and not timm.is_model_pretrained(architecture):
         raise ModelError(
             f"{place}: trained weights must exist, got an architecture for which timm has none; choose another one"

@@ -33,9 +33,7 @@ def load(name: str, *, pretrained: bool = True) -> Network:
         models = _torchvision_import.torchvision().models
     choices = models.list_models(module=models)
     if name not in choices:
-        raise unknown_network(
-            place, [f"torchvision:{choice}" for choice in choices], listing="torchvision.models.list_models()"
-        )
+        raise unknown_network("torchvision", name, choices, listing="torchvision.models.list_models()")
     weights = models.get_model_weights(name).DEFAULT
     try:
         module = models.get_model(name, weights=weights) if pretrained else models.get_model(name, **_RANDOM.get(name, {}))

@@ -1,0 +1,276 @@
+"""The table of contents: a network in, a verified integer model out.
+
+    load -> capture -> synthesize -> place, calibrate, round, correct -> export -> verify -> measure -> report
+
+Each stage is a function of what came before; what takes long keeps checkpoints, so that the same call again goes on
+where a killed run stopped and ends with the same bytes.
+"""
+
+import hashlib
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from reverie.checkpoints import Folder, Forgetful
+from reverie.errors import ConfigError, ModelError
+from reverie.export.packed import Packed
+from reverie.graph.capture import capture
+from reverie.graph.equalize import equalize
+from reverie.graph.fold import fold_batch_norms
+from reverie.graph.placement import Student, place
+from reverie.graph.quantized import QuantizedNetwork, finish
+from reverie.images import Images
+from reverie.images.store import contact_sheet, load_images, save_images, save_pngs
+from reverie.models import Network
+from reverie.progress import Progress, Silent
+from reverie.randomness import Seed
+from reverie.recipe import Quantization, Recipe, to_toml
+from reverie.recovery.bias_correction import correct_biases
+from reverie.recovery.ranges import calibrate_activations, calibrate_weights
+from reverie.recovery.reconstruction import round_weights
+from reverie.report.fidelity import describe
+from reverie.report.metrics import collect
+from reverie.report.render import render
+from reverie.runs import RunDirectory, atomic_json, atomic_text
+from reverie.synthesis import Teacher
+
+# Synthesis, calibration and rounding take most of the time of a run; relative costs as seen on small networks.
+_PLAN = {"synthesize": 6.0, "calibrate": 1.0, "round": 3.0, "correct biases": 1.0, "evaluate": 2.0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a recipe: where its files are, and what it measured.
+
+    Args:
+        path: The run directory.
+        metrics: What `metrics.json` holds.
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+
+    @property
+    def onnx(self) -> Path:
+        """The exported model."""
+        return self.path / "network.onnx"
+
+
+def run(
+    recipe: Recipe,
+    network: Network,
+    *,
+    output: Path | str,
+    calibration: Images | None = None,
+    evaluation: Images | None = None,
+    unlabelled: Images | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Run:
+    """Quantizes `network` as `recipe` says, exports it, proves it, measures it, and writes the run directory `output`.
+
+    Args:
+        calibration: Real images in network input units, used beside the synthetic ones.
+        evaluation: Labelled images for accuracy; nothing is tuned on them.
+        unlabelled: Images for agreement.
+        device: Where synthesis and rounding happen.
+
+    Raises:
+        ConfigError: The request is wrong, the output folder is not ours, no space is left.
+        ModelError: The network cannot be captured, or lacks what the synthesis method reads.
+        ExportError: The file could not be made, or ONNX Runtime does not compute what the student does.
+    """
+    progress = Silent() if progress is None else progress
+    check(recipe, network, calibration)
+    identity = {"recipe": recipe.fingerprint, "network": network.fingerprint, "calibration": _digest(calibration)}
+    with RunDirectory.open(Path(output), identity) as directory:
+        if directory.is_complete:
+            return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
+        progress.plan(_PLAN)
+        stages = _Stages(directory)
+        atomic_text(directory.path / "recipe.toml", to_toml(recipe))
+        directory.note(network=network.name, seed=recipe.seed, device=device)
+
+        with stages.timed("capture"):
+            teacher = as_teacher(network, device)
+        with stages.timed("synthesize"):
+            images = _images(recipe, teacher, directory, "images", progress)
+            held_out = _images(recipe, teacher, directory, "held-out", progress)
+            write_images(images, teacher, directory.path)
+        everything = Images.concatenate([part for part in (images, calibration) if part is not None])
+
+        with stages.timed("quantize"):
+            reference, quantized, errors = quantize(recipe, teacher, everything, directory, progress)
+        with stages.timed("export"):
+            facts = {"reverie.network": network.name, "reverie.recipe": recipe.fingerprint}
+            Packed()(quantized, network.input.shape, directory.path / "network.safetensors", facts=facts)
+            if recipe.export is not None:
+                recipe.export(quantized, network.input.shape, directory.path / "network.onnx", facts=facts)
+        metrics: dict[str, Any] = {
+            "network": {"name": network.name, "fingerprint": network.fingerprint, "classes": network.classes},
+            "quantization": asdict(recipe.quantization),
+            "rounding_errors": {name: {"before": before, "after": after} for name, (before, after) in errors.items()},
+        }
+        with stages.timed("measure"):
+            sets = {"synthetic": held_out, "unlabelled": unlabelled, "evaluation": evaluation}
+            known = {name: part for name, part in sets.items() if part is not None and len(part)}
+            float_file = directory.checkpoint("float.onnx")
+            metrics |= collect(teacher.graph, reference, quantized, network.input.shape, known, directory.path, float_file, progress)
+            metrics["images"] = {
+                "count": len(everything),
+                "source": _sources(everything),
+                "diversity": describe(teacher, everything),
+            }
+        metrics["seconds"] = stages.seconds
+        metrics["peak_memory_bytes"] = peak_memory(device)
+        atomic_json(directory.path / "metrics.json", metrics)
+        atomic_text(directory.path / "report.html", render(metrics, recipe, directory.record, directory.path))
+        directory.complete()
+        return Run(directory.path, metrics)
+
+
+def check(recipe: Recipe, network: Network, calibration: Images | None) -> None:
+    """Refuses, before anything expensive, what is bound to fail later."""
+    if recipe.images == 0 and calibration is None:
+        raise ConfigError("images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some")
+    if recipe.quantization.placement == "literature" and recipe.export is not None:
+        raise ConfigError(
+            "the literature placement must not be exported, got export = "
+            f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
+        )
+    synthesizes = recipe.images > 0 or recipe.held_out > 0
+    has_norm = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in network.module.modules())
+    if synthesizes and recipe.synthesis.needs_batch_norm and not has_norm:
+        method = type(recipe.synthesis).__module__.rpartition(".")[2]
+        raise ModelError(
+            f"{network.name}: {method} needs a batch norm with running statistics, got none in the network; "
+            "use --calibration with a folder of images and --images 0 --set held_out=0, or --set synthesis.method=noise as a baseline"
+        )
+
+
+def as_teacher(network: Network, device: str = "cpu") -> Teacher:
+    """The captured full-precision network, on `device`."""
+    graph = capture(network.module, network.input.shape, name=network.name).to(device)
+    return Teacher(graph, network.input, network.classes, network.name)
+
+
+def synthesize(recipe: Recipe, teacher: Teacher, count: int, *, seed: Seed, folder: Path | None, progress: Progress) -> Images:
+    """`count` images by the recipe's method, with the teacher's answers and their provenance."""
+    checkpoints = Forgetful() if folder is None else Folder(folder)
+    images = recipe.synthesis(teacher, count, seed=seed, checkpoints=checkpoints, progress=progress)
+    provenance = {"recipe": recipe.fingerprint, "seed": str(recipe.seed), "network": teacher.name}
+    return Images(
+        inputs=images.inputs,
+        labels=images.labels,
+        logits=teacher.logits(images.inputs),
+        sources=images.sources,
+        provenance=provenance,
+    )
+
+
+def write_images(images: Images | None, teacher: Teacher, path: Path) -> None:
+    """The first 32 images as PNG and a contact sheet of the first 64, below `path`."""
+    if images is None:
+        return
+    (path / "images").mkdir(exist_ok=True)
+    save_pngs(images, teacher.input, path / "images", limit=32)
+    contact_sheet(images, teacher.input, path / "images" / "contact_sheet.png", columns=8, limit=64)
+
+
+def student_of(graph: fx.GraphModule, settings: Quantization) -> tuple[fx.GraphModule, Student]:
+    """The full-precision graph that a student is compared with (folded and equalized if asked), and the student."""
+    reference = fold_batch_norms(graph) if settings.placement == "integer" else graph
+    if settings.equalize:
+        reference = equalize(reference)
+    return reference, place(
+        reference,
+        settings.placement,
+        weight_bits=settings.weight_bits,
+        activation_bits=settings.activation_bits,
+        end_bits=settings.end_bits,
+    )
+
+
+def quantize(
+    recipe: Recipe, teacher: Teacher, images: Images, directory: RunDirectory, progress: Progress
+) -> tuple[fx.GraphModule, QuantizedNetwork, dict[str, tuple[float, float]]]:
+    """The reference graph, the integer model, and what learned rounding did to each unit's error."""
+    reference, student = student_of(teacher.graph, recipe.quantization)
+    inputs = images.inputs.to(teacher.device)
+    calibrate_activations(reference, student, inputs, recipe.activations, batch=64, progress=progress)
+    calibrate_weights(student, recipe.weights)
+    errors = round_weights(
+        reference,
+        student,
+        inputs,
+        recipe.rounding,
+        recipe.reconstruction,
+        seed=Seed(recipe.seed, ("round",)),
+        checkpoints=Folder(directory.checkpoint("rounding")),
+        progress=progress,
+    )
+    if recipe.quantization.bias_correction:
+        correct_biases(reference, student, inputs, progress=progress)
+    return reference, finish(student), errors
+
+
+def _images(recipe: Recipe, teacher: Teacher, directory: RunDirectory, name: str, progress: Progress) -> Images | None:
+    count = recipe.images if name == "images" else recipe.held_out
+    if not count:
+        return None
+    file = directory.path / "images.safetensors" if name == "images" else directory.checkpoint("held-out.safetensors")
+    if directory.done(name):
+        return load_images(file)
+    began = time.perf_counter()
+    folder = directory.checkpoint(name)
+    seed = Seed(recipe.seed, (name,))
+    images = synthesize(recipe, teacher, count, seed=seed, folder=folder, progress=progress)
+    file.parent.mkdir(exist_ok=True)
+    save_images(images, file)
+    directory.finish(name, time.perf_counter() - began)
+    return images
+
+
+class _Stages:
+    """Seconds by stage, kept in the run's record as well."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Times what happens inside."""
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - began
+        self._directory.finish(stage, self.seconds[stage])
+
+
+def _sources(images: Images) -> dict[str, int]:
+    """How many images each method made; real ones count as `real`."""
+    found: dict[str, int] = {}
+    for source in images.sources:
+        kind = "real" if "." in source or "/" in source else source
+        found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def _digest(images: Images | None) -> str:
+    if images is None:
+        return "none"
+    return hashlib.sha256(images.inputs.numpy().tobytes()).hexdigest()[:16]
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the process's largest resident size, plus what a GPU held."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return own + (int(torch.cuda.max_memory_allocated()) if device.startswith("cuda") else 0)

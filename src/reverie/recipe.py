@@ -1,0 +1,234 @@
+"""A recipe decides a result completely: which images, which grids, which rounding, with every number.
+
+It is a TOML file of flat tables. A table with a `method` key chooses a plug-in, and its other keys are that method's own
+settings: a method is its own configuration, so defaults stand once, in its class.
+
+    seed = 0
+    images = 64
+
+    [synthesis]                    [quantization]              [rounding]
+    method = "zeroq"               weight_bits = 4             method = "adaround"
+    steps = 200                    activation_bits = 8
+"""
+
+import dataclasses
+import hashlib
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from reverie import export, observers, plugins, recipes, rounding, synthesis
+from reverie.errors import ConfigError, at, unknown
+from reverie.export import Exporter
+from reverie.graph.placement import PlacementKind
+from reverie.grid import MAX_BITS, MIN_BITS
+from reverie.observers import Observer
+from reverie.observers.minmax import MinMax
+from reverie.observers.mse import Mse
+from reverie.recovery.reconstruction import Reconstruction
+from reverie.rounding import Rounding
+from reverie.rounding.nearest import Nearest
+from reverie.synthesis import Synthesis
+from reverie.synthesis.zeroq import ZeroQ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What is put on which grid.
+
+    Args:
+        placement: "integer" (what an integer runtime executes) or "literature" (for comparison with papers).
+        weight_bits, activation_bits: 2 to 8.
+        end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
+        equalize: Cross-layer equalization before anything else.
+        bias_correction: Give every channel its mean back after rounding.
+    """
+
+    placement: PlacementKind = "integer"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    end_bits: int = 8
+    equalize: bool = False
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "end_bits"):
+            if not MIN_BITS <= getattr(self, name) <= MAX_BITS:
+                raise ConfigError(f"{name} must be {MIN_BITS} to {MAX_BITS}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a result but the network and the user's own images.
+
+    Args:
+        seed: Of everything random.
+        images: Synthetic calibration images; 0 means only the real ones given.
+        held_out: Synthetic images, from another seed, on which agreement is measured.
+        synthesis, activations, weights, rounding, export: The methods.
+    """
+
+    seed: int = 0
+    images: int = 64
+    held_out: int = 32
+    synthesis: Synthesis = field(default_factory=ZeroQ)
+    quantization: Quantization = Quantization()
+    activations: Observer = MinMax()
+    weights: Observer = Mse()
+    rounding: Rounding = Nearest()
+    reconstruction: Reconstruction = Reconstruction()
+    export: Exporter | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "held_out"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the resolved recipe, 16 hex digits."""
+        return hashlib.sha256(to_toml(self).encode()).hexdigest()[:16]
+
+
+# Which plug-in package a table's `method` is looked up in.
+_PACKAGES: dict[str, ModuleType] = {
+    "synthesis": synthesis,
+    "activations": observers,
+    "weights": observers,
+    "rounding": rounding,
+    "export": export,
+}
+_TABLES: dict[str, type[Any]] = {"quantization": Quantization, "reconstruction": Reconstruction}
+
+
+def presets() -> list[str]:
+    """Names of the recipes that come with Reverie."""
+    files = resources.files(recipes).iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def read(name_or_file: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A preset by its name, or a recipe file by its path.
+
+    Args:
+        overrides: Values by dotted key, such as `{"quantization.weight_bits": 4}`; they win over the file. A new
+            `X.method` drops the other settings of table X, which belonged to another method.
+
+    Raises:
+        ConfigError: No such recipe; or an unknown key, method or value in it, named together with the choices.
+    """
+    path = Path(name_or_file)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ConfigError(f"{path}: a recipe file must exist, got none; `reverie recipe {presets()[0]}` prints one to start from")
+        text = path.read_text()
+    elif name_or_file in presets():
+        text = (resources.files(recipes) / f"{name_or_file}.toml").read_text()
+    else:
+        raise unknown("recipe", name_or_file, presets())
+    with at(str(path) if path.suffix == ".toml" else f"recipe {name_or_file}"):
+        try:
+            tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"must be TOML, got {str(error)!r}") from None
+        return from_tables(tables, overrides)
+
+
+def from_tables(tables: dict[str, Any], overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from the nested dictionaries of a TOML file; arguments and errors as for `read`."""
+    tables = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
+    for key, value in (overrides or {}).items():
+        table, dot, leaf = key.partition(".")
+        if not dot:
+            tables[table] = value
+        elif leaf == "method" and tables.get(table, {}).get("method") != value:
+            tables[table] = {"method": value}
+        else:
+            tables.setdefault(table, {})[leaf] = value
+    names = [item.name for item in dataclasses.fields(Recipe)]
+    resolved: dict[str, Any] = {}
+    for key, value in tables.items():
+        if key not in names:
+            raise unknown("key", key, names)
+        if key in _PACKAGES or key in _TABLES:
+            if not isinstance(value, dict):
+                raise ConfigError(f"[{key}] must be a table, got {value!r}")
+            with at(f"[{key}]"):
+                resolved[key] = _table(key, value)
+        else:
+            resolved[key] = _valid(int, value, key)
+    return Recipe(**resolved)
+
+
+def _table(key: str, value: dict[str, Any]) -> Any:
+    settings = dict(value)
+    if key in _TABLES:
+        kind = _TABLES[key]
+    else:
+        method = settings.pop("method", None)
+        choices = plugins.names(_PACKAGES[key])
+        if method is None:
+            raise ConfigError(f"missing key 'method'; choose one of {', '.join(choices)}")
+        if key == "export" and method == "none":
+            return None
+        kind = plugins.load(_PACKAGES[key], str(method))
+    names = [item.name for item in dataclasses.fields(kind)]
+    for name in settings:
+        if name not in names:
+            if not names:
+                raise ConfigError(f"unknown key {name!r}; {kind.__name__} has no settings")
+            raise unknown("key", name, names)
+    checked = {name: _valid(_hint(kind, name), setting, name) for name, setting in settings.items()}
+    return kind(**checked)
+
+
+def _hint(kind: type[Any], name: str) -> Any:
+    return {item.name: item.type for item in dataclasses.fields(kind)}[name]
+
+
+def _valid(hint: Any, value: Any, key: str) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int) or isinstance(value, bool))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Input should be ").lower()
+        raise ConfigError(f"{key} must be {reason}, got {value!r}") from None
+
+
+def tables(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as nested dictionaries: every setting of every method is there."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(Recipe):
+        value = getattr(recipe, item.name)
+        if value is None:
+            found[item.name] = {"method": "none"}
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            method = {"method": type(value).__module__.rpartition(".")[2]} if item.name in _PACKAGES else {}
+            found[item.name] = method | dataclasses.asdict(value)
+        else:
+            found[item.name] = value
+    return found
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML; reading it gives the same recipe."""
+    resolved = tables(recipe)
+    lines = [f"{key} = {_literal(value)}" for key, value in resolved.items() if not isinstance(value, dict)]
+    for key, value in resolved.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]", *(f"{name} = {_literal(setting)}" for name, setting in value.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return repr(value)

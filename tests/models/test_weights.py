@@ -1,0 +1,113 @@
+"""Weight files: what is read, what is refused, and how a file that does not fit is described."""
+
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from reverie.errors import ConfigError, ModelError
+from reverie.models import _weights
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return nn.Linear(3, 2).state_dict()
+
+
+def message_of(path):
+    with pytest.raises(ConfigError) as caught:
+        _weights.read(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_pickled_state_dict_is_found_under_its_wrappings(tmp_path, state, wrap, prefix):
+    path = tmp_path / "net.pth"
+    torch.save(wrap({prefix + key: value for key, value in state.items()}), path)
+    read = _weights.read(path)
+    assert list(read) == ["weight", "bias"]
+    assert torch.equal(read["weight"], state["weight"])
+
+
+def test_safetensors_are_read(tmp_path, state):
+    path = tmp_path / "net.safetensors"
+    safetensors.torch.save_file(state, path)
+    assert torch.equal(_weights.read(path)["bias"], state["bias"])
+
+
+def test_a_whole_model_is_refused_with_the_reason(tmp_path):
+    path = tmp_path / "net.pt"
+    torch.save(nn.Linear(3, 2), path)
+    assert message_of(path) == (
+        f"{path}: weights must be a state dict of tensors alone, got a pickle that needs more "
+        "(Unsupported global: GLOBAL torch.nn.modules.linear.Linear); save model.state_dict() in place of the model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "weights must be a state dict, got a list; save model.state_dict()"),
+        (
+            {"weight": torch.zeros(1), "epoch": 3},
+            "weights must be a state dict of tensors alone, got a int at 'epoch'; "
+            "save model.state_dict() alone, or as 'state_dict' or 'model'",
+        ),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, message):
+    path = tmp_path / "net.pth"
+    torch.save(content, path)
+    assert message_of(path) == f"{path}: {message}"
+
+
+def test_another_suffix_is_refused(tmp_path):
+    path = tmp_path / "net.onnx"
+    assert message_of(path) == f"{path}: weights must be a .safetensors, .pt or .pth file, got '.onnx'"
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    path = tmp_path / "net.pth"
+    assert message_of(path) == f"{path}: weights must be an existing file, got nothing there"
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path, state):
+    torch.save(state, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-40])
+    assert not zipfile.is_zipfile(tmp_path / "cut.pth")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "cut.safetensors").write_bytes(safetensors.torch.save(state)[:-4])
+    for name in ("cut.pth", "empty.pth"):
+        message = message_of(tmp_path / name)
+        assert message.startswith(f"{tmp_path / name}: must be a whole PyTorch file, got ")
+        assert message.endswith("; fetch it again")
+        assert "\n" not in message
+    assert message_of(tmp_path / "cut.safetensors").startswith(
+        f"{tmp_path / 'cut.safetensors'}: must be a whole safetensors file, got SafetensorError: "
+    )
+
+
+def test_weights_that_do_not_fit_are_described_by_the_first_difference_of_each_kind():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
+    state = module.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    other = {key: value for key, value in state.items() if not key.startswith("0.")}
+    other |= {"stem.weight": torch.zeros(8, 3, 3, 3), "2.weight": torch.zeros(5, 8), "2.bias": torch.zeros(5)}
+    with pytest.raises(ModelError) as caught:
+        _weights.fit_(module, other)
+    assert str(caught.value) == (
+        "weights must fit the architecture, got no '0.weight' (8, 3, 3, 3) (and 1 more); an unknown 'stem.weight' (8, 3, 3, 3); "
+        "'2.weight' (5, 8) for (2, 8) (and 1 more); use the weights of this very network"
+    )
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_counters_that_old_checkpoints_lack_may_be_missing():
+    source, target = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    source.running_mean = torch.arange(4.0)
+    state = {key: value for key, value in source.state_dict().items() if key != "num_batches_tracked"}
+    _weights.fit_(target, state)
+    assert torch.equal(target.running_mean, torch.arange(4.0))

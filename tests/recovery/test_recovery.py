@@ -1,0 +1,148 @@
+"""Calibration, learned rounding and bias correction win accuracy back, and do it the same way every time."""
+
+import pytest
+import torch
+
+from reverie.checkpoints import Folder, Forgetful
+from reverie.graph.capture import capture
+from reverie.graph.fold import fold_batch_norms
+from reverie.graph.placement import place
+from reverie.graph.quantized import finish
+from reverie.graph.units import find_units
+from reverie.observers.minmax import MinMax
+from reverie.observers.mse import Mse
+from reverie.progress import Silent
+from reverie.randomness import Seed
+from reverie.recovery.bias_correction import correct_biases
+from reverie.recovery.ranges import calibrate_activations, calibrate_weights
+from reverie.recovery.reconstruction import Reconstruction, round_weights
+from reverie.rounding.adaround import AdaRound
+from reverie.rounding.nearest import Nearest
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_cnn):
+    network = tiny_cnn()
+    return fold_batch_norms(capture(network.module, network.input.shape))
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_cnn):
+    return tiny_cnn().held_out().inputs[:96]
+
+
+def calibrated(reference, inputs, bits=3, kind="integer", end_bits=8):
+    student = place(reference, kind, weight_bits=bits, activation_bits=8, end_bits=end_bits)
+    calibrate_activations(reference, student, inputs, MinMax(), batch=32, progress=Silent())
+    calibrate_weights(student, Mse())
+    return student
+
+
+def rounded(student, reference, inputs, rounding, seed=0, checkpoints=None, **settings):
+    loop = Reconstruction(**{"iterations": 120, "batch": 16} | settings)
+    return round_weights(
+        reference, student, inputs, rounding, loop, seed=Seed(seed), checkpoints=checkpoints or Forgetful(), progress=Silent()
+    )
+
+
+def output_error(quantized, reference, inputs):
+    with torch.no_grad():
+        return (quantized.graph(inputs) - reference(inputs)).square().mean().item()
+
+
+@pytest.mark.parametrize("unit", ["layer", "block", "network"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_learned_rounding_beats_nearest_in_every_kind_of_unit(reference, inputs, unit, seed):
+    nearest, learned = (calibrated(reference, inputs) for _ in range(2))
+    rounded(nearest, reference, inputs, Nearest())
+    errors = rounded(learned, reference, inputs, AdaRound(), seed=seed, unit=unit)
+    assert set(errors) == {found.name for found in find_units(reference, unit)}
+    before, after = (output_error(finish(student), reference, inputs) for student in (nearest, learned))
+    assert after < 0.8 * before
+
+
+def test_every_learned_unit_is_at_least_as_good_as_at_the_nearest_codes(reference, inputs):
+    errors = rounded(calibrated(reference, inputs), reference, inputs, AdaRound())
+    assert all(after <= before * 1.001 for before, after in errors.values())
+
+
+def test_nothing_is_left_soft(reference, inputs):
+    student = calibrated(reference, inputs)
+    rounded(student, reference, inputs, AdaRound())
+    for quantizer in student.weights.values():
+        assert quantizer.rounder is None
+        assert torch.equal(quantizer.codes, quantizer.codes.round())
+        assert not quantizer.codes.requires_grad
+
+
+def test_more_bits_are_never_worse(reference, inputs):
+    errors = []
+    for bits in (2, 3, 4, 6, 8):
+        student = calibrated(reference, inputs, bits=bits, end_bits=bits)
+        rounded(student, reference, inputs, Nearest())
+        errors.append(output_error(finish(student), reference, inputs))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_a_killed_reconstruction_goes_on_to_the_same_codes(reference, inputs, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Dying(Folder):
+        def save(self, name, part):
+            super().save(name, part)
+            if name == "codes-1":
+                raise Killed
+
+    whole, broken, resumed = (calibrated(reference, inputs) for _ in range(3))
+    rounded(whole, reference, inputs, AdaRound())
+    with pytest.raises(Killed):
+        rounded(broken, reference, inputs, AdaRound(), checkpoints=Dying(tmp_path))
+    rounded(resumed, reference, inputs, AdaRound(), checkpoints=Folder(tmp_path))
+    for name in whole.weights:
+        assert torch.equal(whole.weights[name].codes, resumed.weights[name].codes)
+
+
+def test_bias_correction_gives_every_channel_its_mean_back(reference, inputs):
+    student = calibrated(reference, inputs, bits=2)
+    rounded(student, reference, inputs, Nearest())
+    before = finish(student)
+    correct_biases(reference, student, inputs, progress=Silent())
+    after = finish(student)
+
+    def shift(quantized):
+        with torch.no_grad():
+            return (quantized.graph(inputs) - reference(inputs)).mean(0).abs().max().item()
+
+    # Up to half a step of the logits' bias grid, which is far below a hundredth of the shift.
+    assert shift(after) < 0.01 * shift(before)
+    assert output_error(after, reference, inputs) < output_error(before, reference, inputs)
+
+
+def test_a_bias_far_larger_than_its_grid_still_fits_int32(reference, inputs):
+    student = place(reference, "integer", weight_bits=4, activation_bits=8, end_bits=8)
+    calibrate_activations(reference, student, inputs, MinMax(), batch=32, progress=Silent())
+    name, layer = next(iter(student.layers.items()))
+    student.graph.get_buffer(layer.weight)[0] = 1e-9
+    student.graph.get_buffer(layer.bias)[0] = 5.0
+    calibrate_weights(student, Mse())
+    quantized = finish(student)
+    codes = quantized.layers[name].bias_codes
+    assert codes.abs().max() <= 2**30
+    step = student.biases[name].scale()[0]
+    assert abs(codes[0] * step - 5.0) <= step
+
+
+def test_the_literature_placement_keeps_batch_norm_and_quantizes_what_follows_a_relu(tiny_cnn, inputs):
+    network = tiny_cnn()
+    graph = capture(network.module, network.input.shape)
+    student = calibrated(graph, inputs, bits=4, kind="literature", end_bits=8)
+    assert all("relu" in name or name.isdigit() or "hardtanh" in name for name in student.activations)
+    assert not student.biases
+    assert {quantizer.grid.bits for quantizer in student.weights.values()} == {4}
+    assert any("batch_norm" in str(node.target) for node in student.graph.graph.nodes)
+    rounded(student, graph, inputs, Nearest())
+    quantized = finish(student)
+    labels = network.held_out().labels[:96]
+    with torch.no_grad():
+        assert (quantized.graph(inputs).argmax(1) == labels).float().mean() > 0.8

@@ -1,0 +1,53 @@
+"""The folder is the registry, and a plug-in stands alone."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from reverie import export, observers, plugins, rounding, synthesis
+from reverie.errors import ConfigError
+
+PACKAGES = [export, observers, rounding, synthesis]
+METHODS = [(package, name) for package in PACKAGES for name in plugins.names(package)]
+
+
+def ids(pair):
+    return f"{pair[0].__name__.rpartition('.')[2]}.{pair[1]}"
+
+
+@pytest.mark.parametrize("pair", METHODS, ids=ids)
+def test_a_method_is_a_frozen_dataclass_defined_in_the_file_of_its_name(pair):
+    package, name = pair
+    method = plugins.load(package, name)
+    assert dataclasses.is_dataclass(method)
+    assert method.__dataclass_params__.frozen
+    assert method.__module__ == f"{package.__name__}.{name}"
+    assert method.__name__.lower() == name.replace("_", "")
+    method()
+
+
+@pytest.mark.parametrize("pair", METHODS, ids=ids)
+def test_a_method_says_every_setting_in_its_docstring(pair):
+    package, name = pair
+    method = plugins.load(package, name)
+    for setting in dataclasses.fields(method):
+        assert setting.name in (method.__doc__ or ""), setting.name
+
+
+@pytest.mark.parametrize("pair", METHODS, ids=ids)
+def test_a_plug_in_imports_no_other_plug_in(pair):
+    package, name = pair
+    others = {f"{near.__name__}.{other}" for near, other in METHODS if near is package and other != name}
+    source = Path(package.__path__[0], f"{name}.py").read_text()
+    for statement in ast.walk(ast.parse(source)):
+        if isinstance(statement, ast.ImportFrom):
+            assert statement.module not in others
+            assert not {f"{statement.module}.{alias.name}" for alias in statement.names} & others
+
+
+def test_an_unknown_method_is_refused_with_the_choices_and_the_nearest():
+    with pytest.raises(ConfigError) as caught:
+        plugins.load(rounding, "adaruond")
+    assert str(caught.value) == "unknown rounding method 'adaruond'; choose one of adaround, nearest, or did you mean 'adaround'?"
