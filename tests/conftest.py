@@ -85,7 +85,7 @@ def _train_tiny_cnn() -> nn.Sequential:
         )
     optimizer = torch.optim.Adam(module.parameters(), 1e-2)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(6):
+    for _ in range(4):
         for chosen in torch.randperm(len(images), generator=generator).split(64):
             loss = F.cross_entropy(module(images.inputs[chosen]), images.labels[chosen])
             optimizer.zero_grad()

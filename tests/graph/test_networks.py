@@ -174,7 +174,6 @@ def test_a_student_is_its_teacher_until_calibrated_and_block_by_block_close_to_i
         ((entry,), (module, _)) = block.inputs, extract(student.graph, block)
         source = student.activations[entry](truth[entry]) if entry in student.activations else truth[entry]
         error = module(source) - truth[block.output]
-        print("ERR", case.architecture.name, kind, float(error.norm() / truth[block.output].norm()))
         assert 20 * float(torch.log10(truth[block.output].norm() / error.norm())) > 20
 
 

@@ -73,7 +73,7 @@ def test_the_contract_is_the_librarys_own(name, contract):
         ),
         (
             "timm:repvgg_a3.rvgg_in1k",
-            "unknown timm network 'repvgg_a3'; did you mean one of repvgg_a2, repvgg_a1, repvgg_a0, repvgg_b3, repvgg_b2?",
+            "unknown timm network 'repvgg_a3'; did you mean one of repvgg_b3, repvgg_a2, repvgg_a1, repvgg_a0, repvgg_b3g4?",
         ),
         (
             "timm:regnetx_002.tv_in1k",

@@ -4,7 +4,9 @@ Full precision is the captured network, `quantized` the fake-quantized student, 
 three see the same images in the same order.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from reverie.export.onnx import export_float
 from reverie.graph.quantized import QuantizedNetwork
 from reverie.images import Images
 from reverie.progress import Progress
-from reverie.report.measure import accuracy, agreement, latency, paired_interval
+from reverie.report.measure import accuracy, agreement, latency, paired_interval, sizes
 
 # Codes of every tensor are compared on so many images; more would only repeat the same arithmetic.
 _PARITY_IMAGES = 64
+BATCH = 128
 
 
 def collect(
@@ -55,36 +58,59 @@ def collect(
             verify.assert_parity(parity)
             found["parity"] = asdict(parity)
         found["float_layers"] = verify.float_layers(onnx, quantized.layers)
-    steps = sum(-(-len(part) // _BATCH) for part in sets.values())
-    with progress.stage("evaluate", total=max(1, steps)) as step:
+    models: dict[str, Callable[[Tensor], Tensor]] = {
+        "full_precision": partial(_predict, teacher),
+        "quantized": partial(_predict, quantized.graph),
+    }
+    if exported:
+        models["exported"] = partial(verify.predict, session, batch=BATCH)
+    with progress.stage("evaluate", total=max(1, sum(-(-len(part) // BATCH) for part in sets.values()))) as step:
         for name, part in sets.items():
-            answers = {"full_precision": [], "quantized": [], "exported": []}  # type: dict[str, list[Tensor]]
-            for inputs in torch.split(part.inputs, _BATCH):
-                answers["full_precision"].append(_predict(teacher, inputs))
-                answers["quantized"].append(_predict(quantized.graph, inputs))
-                if exported:
-                    answers["exported"].append(verify.predict(session, inputs, batch=_BATCH))
-                step()
-            classes = {key: torch.cat(parts).argmax(dim=1) for key, parts in answers.items() if parts}
-            found["agreement"][name] = {"images": len(part)} | {
-                key: agreement(classes["full_precision"], classes[key]) for key in classes if key != "full_precision"
-            }
+            scores = score(models, part, step)
+            found["agreement"][name] = {"images": len(part)} | scores["agreement"]
             if name == "evaluation" and part.labels is not None:
-                right = {key: predicted == part.labels for key, predicted in classes.items()}
-                for key, predicted in classes.items():
-                    found[key] = {"top1": accuracy(predicted, part.labels), "images": len(part)}
-                    if key != "full_precision":
-                        found["difference"][key] = list(paired_interval(right[key], right["full_precision"]))
+                found |= {key: {"top1": value, "images": len(part)} for key, value in scores["top1"].items()}
+                found["difference"] = scores["difference"]
     found["bytes"] = {"network": (path / "network.safetensors").stat().st_size}
     if exported:
         export_float(reference, shape, float_file)
-        found["bytes"] |= {"fp32": float_file.stat().st_size, "packed": onnx.stat().st_size}
-        times = latency({"fp32": float_file, "quantized": onnx}, shape, batch=1, threads=torch.get_num_threads(), repeats=50)
-        found["latency_ms"] = {name: asdict(value) for name, value in times.items()}
+        found["bytes"] |= sizes({"fp32": float_file, "packed": onnx})
+        times = latency({"fp32": float_file, "quantized": onnx}, shape, threads=torch.get_num_threads())
+        found["latency_ms"] = {name: value.median for name, value in times.items()} | {
+            "ratio": times["fp32"].median / times["quantized"].median,
+            "quartiles": {name: [value.lower_quartile, value.upper_quartile] for name, value in times.items()},
+        }
     return found
 
 
-_BATCH = 128
+def score(
+    models: dict[str, Callable[[Tensor], Tensor]], images: Images, step: Callable[..., None] = lambda: None
+) -> dict[str, Any]:
+    """How often `models` are right, and how often they agree with the one named "full_precision".
+
+    Args:
+        models: Give logits for inputs.
+        step: Is called after each of the batches of `BATCH`.
+
+    Returns:
+        `agreement` by model; with labels `top1` by model too, and `difference` from full precision with its 95 % interval.
+    """
+    answers: dict[str, list[Tensor]] = {name: [] for name in models}
+    for inputs in torch.split(images.inputs, BATCH):
+        for name, model in models.items():
+            answers[name].append(model(inputs).argmax(dim=1))
+        step()
+    classes = {name: torch.cat(parts) for name, parts in answers.items()}
+    full = classes["full_precision"]
+    others = {name: predicted for name, predicted in classes.items() if name != "full_precision"}
+    scores: dict[str, Any] = {"agreement": {name: agreement(full, predicted) for name, predicted in others.items()}}
+    labels = images.labels
+    if labels is not None:
+        scores["top1"] = {name: accuracy(predicted, labels) for name, predicted in classes.items()}
+        scores["difference"] = {
+            name: asdict(paired_interval(predicted == labels, full == labels)) for name, predicted in others.items()
+        }
+    return scores
 
 
 @torch.inference_mode()
