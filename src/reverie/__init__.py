@@ -1,1 +1,71 @@
-"""Reverie."""
+"""Quantize trained vision networks without their training data, and prove the result in a real runtime.
+
+    import reverie
+
+    network = reverie.load_network("embedded:digits")
+    run = reverie.run(reverie.read_recipe("adaround"), network, output="runs/digits-w4a8")
+    print(run.metrics["agreement"], run.onnx)
+
+Importing this imports nothing else: each name is fetched when it is first used.
+"""
+
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reverie.errors import ConfigError, ExportError, ModelError, ReverieError
+    from reverie.images import Images
+    from reverie.models import InputContract, Network
+    from reverie.models import load as load_network
+    from reverie.pipeline import Run, run, synthesize
+    from reverie.recipe import Recipe
+    from reverie.recipe import read as read_recipe
+
+__all__ = [
+    "ConfigError",
+    "ExportError",
+    "Images",
+    "InputContract",
+    "ModelError",
+    "Network",
+    "Recipe",
+    "ReverieError",
+    "Run",
+    "__version__",
+    "load_network",
+    "read_recipe",
+    "run",
+    "synthesize",
+]
+
+__version__ = metadata.version("reverie")
+
+_HOMES = {
+    "ConfigError": "errors",
+    "ExportError": "errors",
+    "Images": "images",
+    "InputContract": "models",
+    "ModelError": "errors",
+    "Network": "models",
+    "Recipe": "recipe",
+    "ReverieError": "errors",
+    "Run": "pipeline",
+    "load_network": "models:load",
+    "read_recipe": "recipe:read",
+    "run": "pipeline",
+    "synthesize": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reverie' has no attribute {name!r}")
+    home, _, own = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(f"reverie.{home}"), own or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -89,15 +89,21 @@ def run(
         ExportError: The file could not be made, or ONNX Runtime does not compute what the student does.
     """
     progress = Silent() if progress is None else progress
-    check(recipe, network, calibration)
-    identity = {"recipe": recipe.fingerprint, "network": network.fingerprint, "calibration": _digest(calibration)}
+    check(recipe, network, calibration, device)
+    identity = {
+        "recipe": recipe.fingerprint,
+        "network": network.fingerprint,
+        "calibration": _digest(calibration),
+        "evaluation": _digest(evaluation),
+        "unlabelled": _digest(unlabelled),
+    }
     with RunDirectory.open(Path(output), identity) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         progress.plan(_PLAN)
         stages = _Stages(directory)
         atomic_text(directory.path / "recipe.toml", to_toml(recipe))
-        directory.note(network=network.name, seed=recipe.seed, device=device)
+        directory.note(network=network.name, options=network.options, seed=recipe.seed, device=device)
 
         with stages.timed("capture"):
             teacher = as_teacher(network, device)
@@ -124,11 +130,7 @@ def run(
             known = {name: part for name, part in sets.items() if part is not None and len(part)}
             float_file = directory.checkpoint("float.onnx")
             metrics |= collect(teacher.graph, reference, quantized, network.input.shape, known, directory.path, float_file, progress)
-            metrics["images"] = {
-                "count": len(everything),
-                "source": _sources(everything),
-                "diversity": describe(teacher, everything),
-            }
+            metrics["images"] = _about(everything, teacher)
         metrics["seconds"] = stages.seconds
         metrics["peak_memory_bytes"] = peak_memory(device)
         atomic_json(directory.path / "metrics.json", metrics)
@@ -137,8 +139,41 @@ def run(
         return Run(directory.path, metrics)
 
 
-def check(recipe: Recipe, network: Network, calibration: Images | None) -> None:
+def run_synthesis(
+    recipe: Recipe, network: Network, *, output: Path | str, device: str = "cpu", progress: Progress | None = None
+) -> Run:
+    """The recipe's images alone, with what is measured about them, in the folder `output`; arguments and errors as for `run`."""
+    progress = Silent() if progress is None else progress
+    if recipe.images == 0:
+        raise ConfigError("images must be at least 1, got 0")
+    check(recipe, network, None, device)
+    identity = {"recipe": recipe.fingerprint, "network": network.fingerprint, "only": "images"}
+    with RunDirectory.open(Path(output), identity) as directory:
+        if directory.is_complete:
+            return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
+        stages = _Stages(directory)
+        atomic_text(directory.path / "recipe.toml", to_toml(recipe))
+        directory.note(network=network.name, options=network.options, seed=recipe.seed, device=device)
+        with stages.timed("capture"):
+            teacher = as_teacher(network, device)
+        with stages.timed("synthesize"):
+            images = _images(recipe, teacher, directory, "images", progress)
+            assert images is not None
+            write_images(images, teacher, directory.path)
+        metrics = {
+            "network": {"name": network.name, "fingerprint": network.fingerprint, "classes": network.classes},
+            "images": _about(images, teacher),
+            "seconds": stages.seconds,
+            "peak_memory_bytes": peak_memory(device),
+        }
+        atomic_json(directory.path / "metrics.json", metrics)
+        directory.complete()
+        return Run(directory.path, metrics)
+
+
+def check(recipe: Recipe, network: Network, calibration: Images | None, device: str = "cpu") -> None:
     """Refuses, before anything expensive, what is bound to fail later."""
+    _check_device(device)
     if recipe.images == 0 and calibration is None:
         raise ConfigError("images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some")
     if recipe.quantization.placement == "literature" and recipe.export is not None:
@@ -253,6 +288,19 @@ class _Stages:
         yield
         self.seconds[stage] = time.perf_counter() - began
         self._directory.finish(stage, self.seconds[stage])
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # torch raises an AssertionError where it was built without CUDA.
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device must be one that PyTorch can use here, got {device!r} ({reason}); use 'cpu'") from error
+
+
+def _about(images: Images, teacher: Teacher) -> dict[str, Any]:
+    return {"count": len(images), "source": _sources(images), "diversity": describe(teacher, images)}
 
 
 def _sources(images: Images) -> dict[str, int]:

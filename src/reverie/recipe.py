@@ -146,6 +146,8 @@ def from_tables(tables: dict[str, Any], overrides: dict[str, Any] | None = None)
         table, dot, leaf = key.partition(".")
         if not dot:
             tables[table] = value
+        elif not isinstance(tables.get(table, {}), dict):
+            raise ConfigError(f"{key} must be a key of a table, got the single value {table!r}; leave out {'.' + leaf!r}")
         elif leaf == "method" and tables.get(table, {}).get("method") != value:
             tables[table] = {"method": value}
         else:

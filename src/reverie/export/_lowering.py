@@ -45,9 +45,7 @@ _PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
 
 
 @torch.library.custom_op("reverie::through_codes", mutates_args=())
-def through_codes(
-    x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor | None, high: Tensor | None, name: str
-) -> Tensor:
+def through_codes(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor | None, high: Tensor | None, name: str) -> Tensor:
     """`x` put on a uint8 grid and taken back; `name` is the tensor's, empty for one that only moved.
 
     Args:
@@ -91,16 +89,15 @@ def lower(quantized: QuantizedNetwork, shape: tuple[int, ...]) -> fx.GraphModule
             f"export: the placement must be 'integer', got {quantized.kind!r}; "
             "quantize again with placement 'integer', which is what integer runtimes execute"
         )
-    graph = copy.deepcopy(quantized.graph)
+    graph = copy.deepcopy(quantized.graph).cpu()
     _drop_whole_slices(graph)
     pool_means(graph, shape)
     nodes = {node.name: node for node in graph.graph.nodes}
     for layer in quantized.layers.values():
-        _store_codes(graph, nodes[layer.name], layer, quantized.activations)
+        _store_codes(graph, nodes[layer.name], layer)
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and str(node.target).startswith(_PREFIX):
-            name = str(node.target).removeprefix(_PREFIX)
-            _absorb_clipping(graph, node, name, quantized.activations[name])
+            _absorb_clipping(graph, node)
     _repeat_behind_movers(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
@@ -113,14 +110,13 @@ def pool_means(graph: fx.GraphModule, shape: tuple[int, ...]) -> None:
     means = [node for node in graph.graph.nodes if node.target is aten.mean.dim]
     if not means:
         return
-    device = next((tensor.device for tensor in graph.state_dict().values()), torch.device("cpu"))
     with torch.no_grad():
-        known = shapes(graph, torch.zeros(2, *shape, device=device))
+        known = shapes(graph, torch.zeros(2, *shape))
     for node in means:
         named = arguments(node)
         source = named["self"]
         rank = len(known[source.name])
-        if rank != 4 or {axis % rank for axis in named["dim"]} != {2, 3} or named["dtype"] is not None:
+        if rank != 4 or {axis % rank for axis in named["dim"] or ()} != {2, 3} or named["dtype"] is not None:
             continue
         readers = list(node.users)
         with graph.graph.inserting_before(node):
@@ -129,15 +125,19 @@ def pool_means(graph: fx.GraphModule, shape: tuple[int, ...]) -> None:
         if len(readers) == 1 and readers[0].op == "call_module":
             last = readers[0]
             last.args = (pooled,)
-        if named["keepdim"]:
-            node.replace_all_uses_with(last, delete_user_cb=lambda user, last=last: user is not last)
-        else:
+        if not named["keepdim"]:
             with graph.graph.inserting_after(last):
                 flat = graph.graph.call_function(aten.flatten.using_ints, (last, 1))
-            replaced = node if last is pooled else last
-            replaced.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
+            _put_behind(last, flat)
+            last = flat
+        node.replace_all_uses_with(last)
         graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _put_behind(node: fx.Node, successor: fx.Node) -> None:
+    """Makes all who read `node` read `successor` instead, which reads `node`."""
+    node.replace_all_uses_with(successor, delete_user_cb=lambda user: user is not successor)
 
 
 def _drop_whole_slices(graph: fx.GraphModule) -> None:
@@ -150,14 +150,18 @@ def _drop_whole_slices(graph: fx.GraphModule) -> None:
 
 
 def _constant(graph: fx.GraphModule, name: str, value: Tensor, before: fx.Node) -> fx.Node:
-    set_attribute(graph, name, value.detach().clone())
+    set_attribute(graph, name, value.detach().cpu().clone())
     with graph.graph.inserting_before(before):
         return graph.graph.get_attr(name)
 
 
-def _store_codes(
-    graph: fx.GraphModule, node: fx.Node, layer: QuantizedLayer, activations: dict[str, ActivationQuantizer]
-) -> None:
+def _quantizer(graph: fx.GraphModule, target: str) -> ActivationQuantizer:
+    quantizer = graph.get_submodule(target)
+    assert isinstance(quantizer, ActivationQuantizer)
+    return quantizer
+
+
+def _store_codes(graph: fx.GraphModule, node: fx.Node, layer: QuantizedLayer) -> None:
     if not layer.grid.signed or bool(layer.zero_point.any()):
         raise ExportError(
             f"{layer.path}: the weight must be on a symmetric signed grid, got zero points "
@@ -167,7 +171,7 @@ def _store_codes(
     if layer.bias_codes is not None:
         assert layer.bias is not None and layer.source is not None
         # The float32 product that BiasQuantizer.scale computes: the accumulator's own scale.
-        scale = activations[layer.source].scale * layer.scale.flatten()
+        scale = _quantizer(graph, f"{_PREFIX}{layer.source}").scale * layer.scale.cpu().flatten()
         stored.append((2, layer.bias, layer.bias_codes, scale))
     for position, name, codes, scale in stored:
         read = (_constant(graph, f"{name}_codes", codes, node), _constant(graph, f"{name}_scale", scale, node))
@@ -175,9 +179,9 @@ def _store_codes(
             node.update_arg(position, graph.graph.call_function(torch.ops.reverie.from_codes.default, read))
 
 
-def _absorb_clipping(graph: fx.GraphModule, call: fx.Node, name: str, quantizer: ActivationQuantizer) -> None:
+def _absorb_clipping(graph: fx.GraphModule, call: fx.Node) -> None:
     """Replaces a quantizer's call, and the clipping in front of it that nothing else reads, by `through_codes`."""
-    source = call.args[0]
+    name, source, quantizer = str(call.target).removeprefix(_PREFIX), call.args[0], _quantizer(graph, str(call.target))
     assert isinstance(source, fx.Node) and not quantizer.grid.signed
     scale, zero_point = quantizer.scale, quantizer.zero_point
     low = torch.tensor(quantizer.grid.quant_min, dtype=torch.uint8)
@@ -237,7 +241,7 @@ def _repeat_behind_movers(graph: fx.GraphModule) -> None:
                 again = graph.graph.call_function(
                     torch.ops.reverie.through_codes.default, (node, *grids[source], None, None, "")
                 )
-            node.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+            _put_behind(node, again)
             grids[again] = grids[source]
 
 
@@ -246,7 +250,7 @@ def _keeps_grid(node: fx.Node) -> bool:
     if node.target in _PADS:
         return not arguments(node)["value"]
     # The second result of a pooling by maximum is where the maxima were.
-    return node.target is not operator.getitem or node.args[1] == 0 or node.all_input_nodes[0].target in _SPLITS
+    return node.target is not operator.getitem or bool(node.args[1] == 0) or node.all_input_nodes[0].target in _SPLITS
 
 
 def _in_front_of_convolutions(node: fx.Node) -> bool:

@@ -6,10 +6,13 @@ What is proven is the session that users get: default options, all optimizations
 differs is this one step's arithmetic and not what came before. Float and fixed-point rounding of one accumulator part
 company by at most one step of the grid; more is a wrong scale, a wrong bound or a wrong kernel.
 
-*End to end*: the logits of both, run freely on the same images. One-step differences spread through a network (through
-4-bit activations visibly), so logits differ; what must agree is the class. An image whose two best logits are closer
-to each other than any logit differs between the two is a tie: neither answer is wrong, so a disagreement there does not
-count as a failure. It does count in `top1_agreement`, which is what is reported.
+The logits, which stay in float, are compared in the same way and must be equal up to the rounding of float32.
+
+*End to end*: the logits of both, run freely on the same images. One-step differences spread through a network, through
+the coarse steps of low bit widths most of all: on ResNet-20 at W3A5 one differing code in 16 million moved a logit of one
+image by 5. So logits run freely are reported and not bounded, and of the classes a share has to agree. A disagreement on
+an image whose two best logits are closer to each other than the largest difference that rounding made anywhere is a tie:
+it counts in `top1_agreement`, which is what is reported, and not as a failure.
 
 To see inside, a probe gives the codes out as well. Asking for them must not change how the network runs, so the probe's
 logits have to equal the default session's bit for bit.
@@ -17,19 +20,22 @@ logits have to equal the default session's bit for bit.
 Not here: accuracy on labelled images and latency (`report.measure`), and runtimes other than ONNX Runtime.
 """
 
+import copy
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 import torch
 from jaxtyping import Float
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
 from reverie.errors import ExportError
@@ -40,8 +46,24 @@ from reverie.grid import dequantize, quantize
 # Kernels of ONNX Runtime that multiply integers, each named after the node it was made of.
 INTEGER_KERNELS = frozenset({"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"})
 MAX_CODE_DIFFERENCE = 1
+# A sum of 2^13 float32 products, rounded as badly as can be, is wrong by 2^-11 of the sum of their sizes; logits are sums
+# of fewer, and of the other sign too.
+MAX_LOGIT_ERROR = 2.0**-10
+MAX_UNTIED_SHARE = 0.05
 
-_ERRORS_ONLY = 3
+# Errors of a runtime reach the user as exceptions; without this it prints them, and warnings, as well.
+_SILENT = 4
+_REPORT = "the file does not say what was quantized, please report it"
+_FAILURES = (
+    runtime.EPFail,
+    runtime.Fail,
+    runtime.InvalidArgument,
+    runtime.InvalidGraph,
+    runtime.InvalidProtobuf,
+    runtime.NoSuchFile,
+    runtime.NotImplemented,
+    runtime.RuntimeException,
+)
 _LAYOUT_SUFFIX = re.compile(r"_token_\d+$")
 
 
@@ -65,6 +87,7 @@ class Parity:
     Args:
         max_code_difference: The largest of any tensor, in steps of its grid, computed locally.
         differing_share: Of all values of all quantized tensors, 0 to 1.
+        logit_error: Largest difference of a logit computed locally, relative to the largest logit.
         top1_agreement: Share of images with the same class, run freely.
         untied_disagreements: Images with another class that are not ties.
         max_logit_difference: Run freely.
@@ -74,6 +97,7 @@ class Parity:
 
     max_code_difference: int
     differing_share: float
+    logit_error: float
     top1_agreement: float
     untied_disagreements: int
     max_logit_difference: float
@@ -90,10 +114,11 @@ def open_session(model: Path | bytes, *, threads: int = 1) -> onnxruntime.Infere
     return _open(model, _options(threads))
 
 
-def predict(session: onnxruntime.InferenceSession, images: Float[Tensor, "n *shape"], *, batch: int = 64) -> Float[Tensor, "n classes"]:
+def predict(
+    session: onnxruntime.InferenceSession, images: Float[Tensor, "n *shape"], *, batch: int = 64
+) -> Float[Tensor, "n classes"]:
     """The logits for all images."""
-    (given,) = session.get_inputs()
-    chunks = [session.run(["logits"], {given.name: part.numpy()})[0] for part in torch.split(images.cpu(), batch)]
+    chunks = [_run(session, ["logits"], part)[0] for part in torch.split(images.cpu(), batch)]
     return torch.from_numpy(np.concatenate(chunks))
 
 
@@ -104,9 +129,7 @@ def kernels(model: Path | bytes) -> Counter[str]:
 
 def float_layers(model: Path | bytes, layers: Iterable[str]) -> list[str]:
     """Those of the `layers` (by the names of their nodes) that ONNX Runtime does not execute as integers."""
-    integer = {
-        _LAYOUT_SUFFIX.sub("", node.name or "") for node in _optimized(model).graph if node.op_type in INTEGER_KERNELS
-    }
+    integer = {_LAYOUT_SUFFIX.sub("", node.name or "") for node in _optimized(model).graph if node.op_type in INTEGER_KERNELS}
     return [layer for layer in layers if layer not in integer]
 
 
@@ -141,36 +164,38 @@ def measure_parity(
     names = list(quantized.activations)
     session = open_session(path, threads=threads)
     probe = open_session(_probe(path, names), threads=threads)
-    (given,) = session.get_inputs()
     worst: Counter[str] = Counter()
     differing: Counter[str] = Counter()
     values: Counter[str] = Counter()
-    ours, theirs = [], []
+    student = copy.deepcopy(quantized.graph).cpu()
+    ours, theirs, local = [], [], []
     with torch.no_grad():
         for part in torch.split(images.cpu(), batch):
-            logits, *codes = probe.run(["logits", *(f"{name}_codes" for name in names)], {given.name: part.numpy()})
-            free = session.run(["logits"], {given.name: part.numpy()})[0]
+            logits, *codes = _run(probe, ["logits", *(f"{name}_codes" for name in names)], part)
+            (free,) = _run(session, ["logits"], part)
             if not np.array_equal(logits, free):
                 raise ExportError(
                     f"{path}: reading the codes must not change the logits, got a difference of {np.abs(logits - free).max()!r}; "
                     "this version of onnxruntime optimizes the probed model differently, try another"
                 )
-            comparison = _LocalComparison(quantized.graph, dict(zip(names, codes, strict=True)))
-            comparison.run(part)
+            comparison = _LocalComparison(student, dict(zip(names, codes, strict=True)))
+            local.append(comparison.run(part))
             for name, difference in comparison.differences.items():
                 worst[name] = max(worst[name], int(difference.max()))
                 differing[name] += int((difference != 0).sum())
                 values[name] += difference.numel()
-            ours.append(quantized.graph(part))
+            ours.append(student(part))
             theirs.append(torch.from_numpy(free))
-    student, runtime = torch.cat(ours), torch.cat(theirs)
-    logit_difference = float((student - runtime).abs().max())
-    best = student.topk(min(2, student.shape[1]), dim=1)
-    disagree = best.indices[:, 0] != runtime.argmax(dim=1)
+    expected, actual = torch.cat(ours), torch.cat(theirs)
+    logit_difference = float((expected - actual).abs().max())
+    logit_error = float((torch.cat(local) - actual).abs().max() / actual.abs().max().clamp(min=1e-30))
+    best = expected.topk(min(2, expected.shape[1]), dim=1)
+    disagree = best.indices[:, 0] != actual.argmax(dim=1)
     tied = best.values[:, 0] - best.values[:, -1] <= logit_difference
     return Parity(
         max_code_difference=max(worst.values(), default=0),
         differing_share=sum(differing.values()) / max(1, sum(values.values())),
+        logit_error=logit_error,
         top1_agreement=1 - float(disagree.double().mean()),
         untied_disagreements=int((disagree & ~tied).sum()),
         max_logit_difference=logit_difference,
@@ -203,37 +228,54 @@ def assert_parity(parity: Parity) -> None:
     """Checks that the differences are those of rounding.
 
     Raises:
-        ExportError: Some tensor is more than a step apart, or some image has another class and is no tie.
+        ExportError: Some tensor is more than a step apart, the logits do not follow from the last codes, or too many
+            classes differ.
     """
     if parity.max_code_difference > MAX_CODE_DIFFERENCE:
         name, worst = max(parity.per_tensor.items(), key=lambda item: item[1].max_code_difference)
         raise ExportError(
-            f"{name}: codes of onnxruntime and the student must be at most {MAX_CODE_DIFFERENCE} step apart, got "
-            f"{worst.max_code_difference} steps ({worst.differing_share:.2%} of its values differ); "
-            "the file does not say what was quantized, please report it"
+            f"{name}: codes in onnxruntime and in the student must be at most {MAX_CODE_DIFFERENCE} step apart, got "
+            f"{worst.max_code_difference} steps, {worst.differing_share:.2%} of the values differ; {_REPORT}"
         )
-    if parity.untied_disagreements:
+    if parity.logit_error > MAX_LOGIT_ERROR:
         raise ExportError(
-            "logits: onnxruntime and the student must give the same class wherever the student's best two logits are more "
-            f"than {parity.max_logit_difference:.3g} apart, got {parity.untied_disagreements} other classes on "
-            f"{parity.images} images; the file does not say what was quantized, please report it"
+            f"logits: onnxruntime must compute them from the last codes to {MAX_LOGIT_ERROR:.1e} of the largest, got "
+            f"{parity.logit_error:.1e}; {_REPORT}"
+        )
+    if parity.untied_disagreements > max(1.0, MAX_UNTIED_SHARE * parity.images):
+        raise ExportError(
+            f"logits: onnxruntime and the student must give the same class on {1 - MAX_UNTIED_SHARE:.0%} of the images, "
+            f"ties not counted, got {parity.untied_disagreements} other classes on {parity.images} images; {_REPORT}"
         )
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _SILENT
     return options
 
 
 def _open(model: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    try:
+    with _reported("load", "the probe" if isinstance(model, bytes) else str(model)):
         return onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # noqa: BLE001
-        raise ExportError("") from error
+
+
+def _run(session: onnxruntime.InferenceSession, outputs: list[str], images: Tensor) -> list[Any]:
+    (given,) = session.get_inputs()
+    with _reported("run", "the network"):
+        return list(session.run(outputs, {given.name: images.numpy()}))
+
+
+@contextmanager
+def _reported(verb: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except _FAILURES as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"onnxruntime: it must {verb} {what}, got {reason!r}; try another version of onnxruntime") from error
 
 
 def _optimized(model: Path | bytes) -> ir.Model:
@@ -251,7 +293,9 @@ def _probe(path: Path, names: list[str]) -> bytes:
     for name in names:
         value = found.get(f"{name}_codes")
         if value is None:
-            raise ExportError(f"{path}: must hold the tensor {name!r}, got none; compare a file with the network it was written from")
+            raise ExportError(
+                f"{path}: must hold the tensor {name!r}, got none; compare a file with the network it was written from"
+            )
         value.type = ir.TensorType(ir.DataType.UINT8)
         model.graph.outputs.append(value)
-    return ir.to_proto(model).SerializeToString()
+    return bytes(ir.to_proto(model).SerializeToString())

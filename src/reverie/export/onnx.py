@@ -15,7 +15,11 @@ Opset 21 is the first with INT4; 2-bit codes are stored in 4 bits, since INT2 ne
 Networks reach ONNX through `torch.onnx.export`, so an operator that it cannot translate cannot be exported.
 """
 
+import copy
+import math
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +30,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 import torch
+from numpy.typing import NDArray
 from onnxscript import opset21 as op
 from torch import fx
 
@@ -39,8 +44,11 @@ PACKED_BITS = 4
 
 _LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
 
-# What torch.onnx.export and torch.export raise for an operator or a graph they cannot translate.
-_FAILURES = (torch.onnx.OnnxExporterError, RuntimeError, NotImplementedError, ValueError, TypeError)
+# What torch.export and torch.onnx.export (OnnxExporterError is a RuntimeError) raise for what they cannot translate.
+_FAILURES = (RuntimeError, NotImplementedError, ValueError, TypeError)
+
+# ONNX Runtime's QLinearGlobalAveragePool refuses, when it runs, a ratio of scales outside of this range (mlas, qlgavgpool).
+_POOL_RATIOS = (2.0**-32, 256.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +69,7 @@ class Onnx:
 METHOD = Onnx
 
 
-def export_float(
-    graph: fx.GraphModule, shape: tuple[int, ...], path: Path, *, facts: dict[str, str] | None = None
-) -> None:
+def export_float(graph: fx.GraphModule, shape: tuple[int, ...], path: Path, *, facts: dict[str, str] | None = None) -> None:
     """Writes a captured graph in full precision: what a quantized file is compared with.
 
     Args:
@@ -74,7 +80,7 @@ def export_float(
     Raises:
         ExportError: An operator has no translation to ONNX.
     """
-    graph = fx.GraphModule(graph, graph.graph.__deepcopy__({}))
+    graph = copy.deepcopy(graph).cpu()
     pool_means(graph, shape)
     model = _translate(graph, shape)
     _write(model, path, facts or {})
@@ -96,14 +102,11 @@ def _from_codes(codes: Any, scale: Any) -> Any:
 
 
 def _translate(graph: fx.GraphModule, shape: tuple[int, ...]) -> ir.Model:
-    device = next((tensor.device for tensor in graph.state_dict().values()), torch.device("cpu"))
     batch = {0: torch.export.Dim("batch")}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(
-                graph, (torch.zeros(2, *shape, device=device),), dynamic_shapes=(batch,), strict=False
-            )
+            exported = torch.export.export(graph, (torch.zeros(2, *shape),), dynamic_shapes=(batch,), strict=False)
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -115,7 +118,10 @@ def _translate(graph: fx.GraphModule, shape: tuple[int, ...]) -> ir.Model:
                 },
             )
         except _FAILURES as error:
-            raise ExportError("x") from error
+            raise ExportError(
+                f"onnx: every operator must have a translation to opset {OPSET}, got {_cause(error)}; "
+                "replace the operator in the network"
+            ) from error
     assert program is not None
     _fold_pads(program.model.graph)
     _pad_codes(program.model.graph)
@@ -123,53 +129,89 @@ def _translate(graph: fx.GraphModule, shape: tuple[int, ...]) -> ir.Model:
     return program.model
 
 
+def _cause(error: BaseException) -> str:
+    """The operator that the innermost error names, or what it says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    operator = re.search(r"OpOverload\(op='([\w.]+)'", str(error))
+    return repr(operator[1] if operator else (str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def _constant(node: ir.Node, position: int) -> NDArray[Any] | None:
+    """The stored tensor that a node reads there, if it reads one."""
+    value = node.inputs[position] if position < len(node.inputs) else None
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else tensor.numpy()
+
+
+def _readers(node: ir.Node) -> list[ir.Node]:
+    return [use.node for use in node.outputs[0].uses()]
+
+
+def _pads_zeros(pad: ir.Node) -> bool:
+    value = _constant(pad, 2)
+    return pad.attributes.get_string("mode", "constant") == "constant" and (value is None or not value.any())
+
+
 def _fold_pads(graph: ir.Graph) -> None:
     """Moves paddings of zeros over height and width into the convolutions that read them."""
     for pad in [node for node in graph if node.op_type == "Pad"]:
-        readers = [use.node for use in pad.outputs[0].uses()]
-        source, amounts = pad.inputs[0], ir.convenience.get_const_tensor(pad.inputs[1])
-        value = ir.convenience.get_const_tensor(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] else None
-        if (
-            amounts is None
-            or pad.attributes.get_string("mode", "constant") != "constant"
-            or (value is not None and value.numpy().any())
-            or any(reader.op_type != "Conv" or reader.inputs[0] is not pad.outputs[0] for reader in readers)
-        ):
+        amounts, readers = _constant(pad, 1), _readers(pad)
+        if amounts is None or not _pads_zeros(pad) or not all(_takes_padding(reader, pad) for reader in readers):
             continue
-        ends = amounts.numpy().reshape(2, -1)
+        ends = amounts.reshape(2, -1)
         if ends[:, :2].any() or ends.min() < 0:
             continue
         for reader in readers:
             own = reader.attributes.get_ints("pads", [0] * (ends.size - 4))
-            reader.attributes["pads"] = ir.AttrInt64s("pads", [int(a) + int(b) for a, b in zip(own, ends[:, 2:].flat, strict=True)])
-            reader.replace_input_with(0, source)
+            sums = [int(a) + int(b) for a, b in zip(own, ends[:, 2:].flat, strict=True)]
+            reader.attributes["pads"] = ir.AttrInt64s("pads", sums)
+            reader.replace_input_with(0, pad.inputs[0])
         graph.remove(pad, safe=True)
+
+
+def _takes_padding(reader: ir.Node, pad: ir.Node) -> bool:
+    explicit = reader.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+    return reader.op_type == "Conv" and explicit and reader.inputs[0] is pad.outputs[0]
 
 
 def _pool_globally(graph: ir.Graph) -> None:
     """Means over height and width by the operator that has an integer kernel."""
     for mean in [node for node in graph if node.op_type == "ReduceMean"]:
-        axes = ir.convenience.get_const_tensor(mean.inputs[1]) if len(mean.inputs) > 1 else None
-        shape = mean.inputs[0].shape
-        if axes is None or shape is None or len(shape) != 4 or mean.attributes.get_int("keepdims", 1) != 1:
+        axes, source = _constant(mean, 1), mean.inputs[0]
+        if axes is None or source is None or source.shape is None or mean.attributes.get_int("keepdims", 1) != 1:
             continue
-        if {int(axis) % 4 for axis in axes.numpy().flat} == {2, 3}:
+        rank = len(source.shape)
+        if rank == 4 and {int(axis) % rank for axis in axes.flat} == {2, 3} and _pools_as_integers(mean, source.shape[2:]):
             mean.op_type = "GlobalAveragePool"
             mean.attributes.clear()
             mean.resize_inputs(1)
 
 
+def _pools_as_integers(mean: ir.Node, area: Sequence[object]) -> bool:
+    """Whether the integer kernel would accept the scales around a mean; true where none of them is known."""
+    before, behind = mean.inputs[0].producer() if mean.inputs[0] else None, _readers(mean)
+    if before is None or before.op_type != "DequantizeLinear" or [node.op_type for node in behind] != ["QuantizeLinear"]:
+        return True
+    scales = [_constant(before, 1), _constant(behind[0], 1)]
+    sizes = [size for size in area if isinstance(size, int)]
+    if scales[0] is None or scales[1] is None or len(sizes) < len(area):
+        return True
+    low, high = _POOL_RATIOS
+    return bool(low <= scales[0] / (scales[1] * math.prod(sizes)) < high)
+
+
 def _pad_codes(graph: ir.Graph) -> None:
     """Moves other paddings of zeros from behind a DequantizeLinear to in front of it: runtimes pad floats otherwise."""
     for pad in [node for node in graph if node.op_type == "Pad"]:
-        assert pad.inputs[0] is not None
-        dequantize, readers = pad.inputs[0].producer(), [use.node for use in pad.outputs[0].uses()]
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or [n.op_type for n in readers] != ["QuantizeLinear"]:
+        dequantize, readers = pad.inputs[0].producer() if pad.inputs[0] else None, _readers(pad)
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or not _pads_zeros(pad):
+            continue
+        if [reader.op_type for reader in readers] != ["QuantizeLinear"] or readers[0].inputs[1:] != dequantize.inputs[1:]:
             continue
         (quantize,) = readers
         codes, _, zero_point = dequantize.inputs
-        inputs = [codes, pad.inputs[1], zero_point, *pad.inputs[3:]]
-        padded = ir.Node("", "Pad", inputs, pad.attributes.values(), name=pad.name)
+        padded = ir.Node("", "Pad", [codes, pad.inputs[1], zero_point, *pad.inputs[3:]], pad.attributes.values(), name=pad.name)
         graph.insert_before(pad, padded)
         quantize.outputs[0].replace_all_uses_with(padded.outputs[0])
         graph.remove([quantize, pad], safe=True)
@@ -179,15 +221,15 @@ def _name_layers(graph: ir.Graph, layers: dict[str, str]) -> None:
     """Names the node that multiplies with the stored codes `key` after the layer `layers[key]`."""
     for key, layer in layers.items():
         codes = graph.initializers[key]
-        dequantize = codes.uses()[0].node
+        (dequantize,) = (use.node for use in codes.uses())
         reader = dequantize
         while reader.op_type not in _LAYERS:
-            reader = reader.outputs[0].uses()[0].node
+            (reader,) = _readers(reader)
         reader.name = layer
         if reader.op_type != "Conv":
             # ONNX Runtime makes an integer kernel of a matrix product only if the weight's zero points are spelled out.
-            assert codes.shape is not None
-            zeros = ir.Tensor(np.zeros(codes.shape[0], np.int8), name=f"{key}_zero_point")
+            assert codes.const_value is not None
+            zeros = ir.Tensor(np.zeros(codes.const_value.numpy().shape[0], np.int8), name=f"{key}_zero_point")
             stored = ir.Value(name=zeros.name, shape=zeros.shape, type=ir.TensorType(zeros.dtype), const_value=zeros)
             graph.initializers.add(stored)
             dequantize.resize_inputs(3)

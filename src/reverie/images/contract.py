@@ -4,7 +4,7 @@ Pixels are scaled to 0..1, then `input = (pixel - mean) / std` per channel.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,11 @@ class InputContract:
                 raise ConfigError(
                     f"InputContract.{name} must have one value per channel ({self.channels}), got {len(getattr(self, name))}"
                 )
+        if self.interpolation not in get_args(Interpolation):
+            choices = ", ".join(get_args(Interpolation))
+            raise ConfigError(f"InputContract.interpolation must be one of {choices}, got {self.interpolation!r}")
+        if self.resize is not None and self.resize < 1:
+            raise ConfigError(f"InputContract.resize must be at least 1, got {self.resize}")
         if min(self.std) <= 0:
             raise ConfigError(f"InputContract.std must be positive, got {min(self.std)}")
 

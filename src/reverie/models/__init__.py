@@ -12,7 +12,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ class Network:
         input: The input contract.
         classes: Number of classes.
         held_out: Loads the labelled evaluation set that the network brings along, if it does (`embedded:digits`).
+        options: What `load` was given besides the name: with it, the network can be loaded again.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Network:
     input: InputContract
     classes: int
     held_out: Callable[[], Images] | None = field(default=None, repr=False)
+    options: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -80,7 +82,7 @@ def load(name: str, **options: Any) -> Network:
     _check_options(name, options, inspect.signature(load_from))
     network: Network = load_from(rest, **options)
     network.check_weights()
-    return network
+    return replace(network, options=options)
 
 
 def _source(name: str) -> tuple[str, str]:

@@ -18,9 +18,10 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -28,14 +29,8 @@ _NORMAL_97_5 = 1.959963984540054
 _ERRORS_ONLY = 3
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A difference of accuracies on the same images, fractions of 1.
-
-    Args:
-        difference: Accuracy of the first minus that of the second.
-        low, high: Ends of its 95 % interval.
-    """
+class Difference(NamedTuple):
+    """A difference of accuracies on the same images, as fractions of 1: first minus second, and its 95 % interval."""
 
     difference: float
     low: float

@@ -69,7 +69,7 @@ class ZeroQ:
         if not teacher.batch_norms:
             raise ModelError(
                 f"{teacher.name}: zeroq needs a batch norm with running statistics, got none in the network; "
-                "use --calibration with a folder of images, or --synthesis noise as a baseline"
+                "use --calibration with a folder of images, or --set synthesis.method=noise as a baseline"
             )
         observed = Observed(teacher.graph, self.level)
         inputs, labels = [], []

@@ -1,0 +1,98 @@
+"""Options that several commands share, and what they stand for."""
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter, Token
+
+if TYPE_CHECKING:
+    from reverie.models import Network
+    from reverie.recipe import Recipe
+
+Json = Annotated[bool, Parameter(show_default=False)]
+
+
+def _numbers(_: object, tokens: Sequence[Token]) -> tuple[float, ...]:
+    return tuple(float(number) for number in tokens[0].value.split(","))
+
+
+def _check_pair(_: object, value: object) -> None:
+    for pair in value if isinstance(value, tuple) else ():
+        if not re.fullmatch(r"\s*[\w.]+\s*=.*", pair, re.DOTALL):
+            raise ValueError("It must be KEY=VALUE.")
+
+
+Numbers = Annotated[tuple[float, ...] | None, Parameter(converter=_numbers, n_tokens=1)]
+Settings = Annotated[tuple[str, ...] | None, Parameter(name="--set", validator=_check_pair)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """What a network from a Python file does not say itself.
+
+    Args:
+        weights: Of a network from a Python file: state dict, .safetensors, .pt or .pth.
+        input_size: Of a network from a Python file: side of its square input, pixels.
+        mean: Of a network from a Python file: means of pixels in 0..1, such as 0.485,0.456,0.406.
+        std: Of a network from a Python file: standard deviations of pixels in 0..1, such as 0.229,0.224,0.225.
+        classes: Of a network from a Python file: number of classes.
+        resize: Of a network from a Python file: shorter side of image files before the centre crop, pixels.
+        interpolation: Of a network from a Python file: how image files are resized: nearest, bilinear, bicubic, lanczos.
+    """
+
+    weights: Path | None = None
+    input_size: int | None = None
+    mean: Numbers = None
+    std: Numbers = None
+    classes: int | None = None
+    resize: int | None = None
+    interpolation: str | None = None
+
+    def load(self, name: str) -> "Network":
+        """The network `name`; only the options that were given are handed to its source."""
+        from reverie import models
+
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        # Text, because run.json keeps it.
+        return models.load(name, **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+
+
+NO_OPTIONS = NetworkOptions()
+
+
+def read_recipe(name_or_file: str, settings: Settings, **flags: Any) -> "Recipe":
+    """The recipe with what the command line says instead.
+
+    Args:
+        settings: KEY=VALUE; they win over `flags`.
+        flags: Values by key, a double underscore for the dot; None where the flag was not given.
+    """
+    from reverie import recipe
+
+    overrides = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
+    return recipe.read(name_or_file, overrides | as_overrides(settings))
+
+
+def as_overrides(settings: Settings) -> dict[str, Any]:
+    """The values by key: TOML literals where they are, bare words as text."""
+    pairs = (setting.split("=", 1) for setting in settings or ())
+    return {key.strip(): _value(text.strip()) for key, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def slug(network: str) -> str:
+    """A network's name as the name of a folder: `embedded-digits`, `nets-resnet20` for `path/to/nets.py:resnet20`."""
+    if network.rpartition(":")[0].endswith(".py"):
+        network = Path(network).name.replace(".py:", "-")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", network).strip("-.")
