@@ -10,7 +10,6 @@ Importing this imports nothing else: each name is fetched when it is first used.
 """
 
 import importlib
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from reverie.pipeline import Run, run, synthesize
     from reverie.recipe import Recipe
     from reverie.recipe import read as read_recipe
+
+    __version__: str
 
 __all__ = [
     "ConfigError",
@@ -38,8 +39,6 @@ __all__ = [
     "run",
     "synthesize",
 ]
-
-__version__ = metadata.version("reverie")
 
 _HOMES = {
     "ConfigError": "errors",
@@ -59,6 +58,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("reverie")
     if name not in _HOMES:
         raise AttributeError(f"module 'reverie' has no attribute {name!r}")
     home, _, own = _HOMES[name].partition(":")

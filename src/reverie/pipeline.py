@@ -89,7 +89,7 @@ def run(
         ExportError: The file could not be made, or ONNX Runtime does not compute what the student does.
     """
     progress = Silent() if progress is None else progress
-    check(recipe, network, calibration, device)
+    check(recipe, network, calibrated=calibration is not None, device=device)
     identity = {
         "recipe": recipe.fingerprint,
         "network": network.fingerprint,
@@ -129,7 +129,9 @@ def run(
             sets = {"synthetic": held_out, "unlabelled": unlabelled, "evaluation": evaluation}
             known = {name: part for name, part in sets.items() if part is not None and len(part)}
             float_file = directory.checkpoint("float.onnx")
-            metrics |= collect(teacher.graph, reference, quantized, network.input.shape, known, directory.path, float_file, progress)
+            metrics |= collect(
+                teacher.graph, reference, quantized, network.input.shape, known, directory.path, float_file, progress
+            )
             metrics["images"] = _about(everything, teacher)
         metrics["seconds"] = stages.seconds
         metrics["peak_memory_bytes"] = peak_memory(device)
@@ -146,7 +148,7 @@ def run_synthesis(
     progress = Silent() if progress is None else progress
     if recipe.images == 0:
         raise ConfigError("images must be at least 1, got 0")
-    check(recipe, network, None, device)
+    check(recipe, network, calibrated=False, device=device)
     identity = {"recipe": recipe.fingerprint, "network": network.fingerprint, "only": "images"}
     with RunDirectory.open(Path(output), identity) as directory:
         if directory.is_complete:
@@ -171,10 +173,10 @@ def run_synthesis(
         return Run(directory.path, metrics)
 
 
-def check(recipe: Recipe, network: Network, calibration: Images | None, device: str = "cpu") -> None:
-    """Refuses, before anything expensive, what is bound to fail later."""
+def check(recipe: Recipe, network: Network, *, calibrated: bool, device: str) -> None:
+    """Refuses, before anything expensive, what is bound to fail later; `calibrated` tells whether there are real images."""
     _check_device(device)
-    if recipe.images == 0 and calibration is None:
+    if recipe.images == 0 and not calibrated:
         raise ConfigError("images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some")
     if recipe.quantization.placement == "literature" and recipe.export is not None:
         raise ConfigError(
@@ -292,11 +294,10 @@ class _Stages:
 
 def _check_device(device: str) -> None:
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        # torch raises an AssertionError where it was built without CUDA.
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device must be one that PyTorch can use here, got {device!r} ({reason}); use 'cpu'") from error
+        # An AssertionError where torch was built without CUDA.
+        raise ConfigError(f"device must be one that PyTorch can use here, got {device!r}; use 'cpu'") from error
 
 
 def _about(images: Images, teacher: Teacher) -> dict[str, Any]:

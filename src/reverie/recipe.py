@@ -77,11 +77,11 @@ class Recipe:
     images: int = 64
     held_out: int = 32
     synthesis: Synthesis = field(default_factory=ZeroQ)
-    quantization: Quantization = Quantization()
-    activations: Observer = MinMax()
-    weights: Observer = Mse()
-    rounding: Rounding = Nearest()
-    reconstruction: Reconstruction = Reconstruction()
+    quantization: Quantization = field(default_factory=Quantization)
+    activations: Observer = field(default_factory=MinMax)
+    weights: Observer = field(default_factory=Mse)
+    rounding: Rounding = field(default_factory=Nearest)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
     export: Exporter | None = None
 
     def __post_init__(self) -> None:
@@ -112,6 +112,12 @@ def presets() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
 
+def about(preset: str) -> str:
+    """What a preset is for: the comment at the top of its file."""
+    first = (resources.files(recipes) / f"{preset}.toml").read_text().partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
 def read(name_or_file: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """A preset by its name, or a recipe file by its path.
 
@@ -125,8 +131,11 @@ def read(name_or_file: str, overrides: dict[str, Any] | None = None) -> Recipe:
     path = Path(name_or_file)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise ConfigError(f"{path}: a recipe file must exist, got none; `reverie recipe {presets()[0]}` prints one to start from")
-        text = path.read_text()
+            raise ConfigError(
+                f"{path}: a recipe file must exist, got none; `reverie recipe {presets()[0]}` prints one to start from"
+            )
+        with at(str(path)):
+            text = _utf8(path)
     elif name_or_file in presets():
         text = (resources.files(recipes) / f"{name_or_file}.toml").read_text()
     else:
@@ -137,6 +146,13 @@ def read(name_or_file: str, overrides: dict[str, Any] | None = None) -> Recipe:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"must be TOML, got {str(error)!r}") from None
         return from_tables(tables, overrides)
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError("must be TOML in UTF-8, got other bytes") from None
 
 
 def from_tables(tables: dict[str, Any], overrides: dict[str, Any] | None = None) -> Recipe:

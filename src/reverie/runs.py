@@ -96,6 +96,18 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def check_output(path: Path) -> None:
+    """Refuses a place that no run can be written to; writes nothing.
+
+    Raises:
+        ConfigError: `path` is a file, or holds something else than a run.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: must be a folder, got a file; choose another --output")
+    if path.is_dir() and _is_foreign(path):
+        raise ConfigError(f"{path}: must be empty or hold a run, got other files in it; choose another --output")
+
+
 class RunDirectory:
     """One run on disk, locked for this process until `close`; also a context manager.
 
@@ -123,11 +135,8 @@ class RunDirectory:
         Raises:
             ConfigError: `path` is a file, holds something else or another run, cannot be written, or is in use.
         """
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"{path}: must be a folder, got a file; choose another --output")
-        # Looked at before anything is written, so that a folder of someone else's stays untouched.
-        if path.is_dir() and _is_foreign(path):
-            raise ConfigError(f"{path}: must be empty or hold a run, got other files in it; choose another --output")
+        # Before anything is written, so that a folder of someone else's stays untouched.
+        check_output(path)
         lock = _locked(path)
         try:
             record = _resumed(path, identity) if (path / "run.json").exists() else _new_record(identity)

@@ -141,7 +141,9 @@ def test_what_export_cannot_follow_is_refused_with_its_reason():
 
 
 def test_an_input_of_the_wrong_size_is_refused():
-    with pytest.raises(ModelError, match=r"^network: torch\.export must be able to capture the network at input \(2, 5\), got '.*'; "):
+    with pytest.raises(
+        ModelError, match=r"^network: torch\.export must be able to capture the network at input \(2, 5\), got '.*'; "
+    ):
         capture(nn.Linear(3, 2), (5,))
 
 
@@ -150,5 +152,7 @@ def test_a_fixed_batch_size_is_refused():
         def forward(self, x):
             return x.view(2, 3)
 
-    with pytest.raises(ModelError, match=r"^network: torch\.export must be able to capture the network at input \(2, 3\), got '"):
+    with pytest.raises(
+        ModelError, match=r"^network: torch\.export must be able to capture the network at input \(2, 3\), got '"
+    ):
         capture(Fixed(), (3,))

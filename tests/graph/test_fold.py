@@ -18,6 +18,8 @@ def remember_something_(norm):
 
 def captured(module, shape):
     torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
             remember_something_(part)
@@ -35,7 +37,9 @@ def obstacles(graph):
 def test_folded_weights_are_those_worked_out_by_hand():
     module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=0.0))
     state = {"0.weight": 3.0, "0.bias": 1.0, "1.weight": 2.0, "1.bias": 0.5, "1.running_mean": -1.0, "1.running_var": 16.0}
-    module.load_state_dict({key: torch.tensor([value]).view_as(module.state_dict()[key]) for key, value in state.items()}, False)
+    module.load_state_dict(
+        {key: torch.tensor([value]).view_as(module.state_dict()[key]) for key, value in state.items()}, False
+    )
     folded = fold_batch_norms(capture(module, (1, 2, 2)))
     # g = 2 / sqrt(16) = 0.5; W' = 3 g; b' = (1 + 1) g + 0.5.
     assert float(folded.get_buffer("0.folded_weight")) == 1.5
@@ -103,7 +107,11 @@ class NormOfTokens(nn.Module):
 @pytest.mark.parametrize(
     ("module", "shape", "reason"),
     [
-        (nn.Sequential(nn.BatchNorm2d(3)), (3, 4, 4), "it normalizes 'input_1', which is not the output of a convolution or linear layer"),
+        (
+            nn.Sequential(nn.BatchNorm2d(3)),
+            (3, 4, 4),
+            "it normalizes 'input_1', which is not the output of a convolution or linear layer",
+        ),
         (ReadTwice(), (4,), "'layer' is read by others too"),
         (NormOfTokens(), (4, 4), "it normalizes another axis of 'layer' than its outputs"),
     ],

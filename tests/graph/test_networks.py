@@ -45,7 +45,7 @@ ARCHITECTURES = [
     Architecture("resnet18", slow=False),
     Architecture("resnet50"),
     Architecture("mobilenet_v2", slow=False),
-    Architecture("mobilenet_v3_small", slow=False),
+    Architecture("mobilenet_v3_small"),
     Architecture("regnet_x_400mf"),
     Architecture("shufflenet_v2_x0_5", slow=False),
     Architecture("efficientnet_b0"),
@@ -55,7 +55,7 @@ ARCHITECTURES = [
     Architecture("googlenet", options=WITHOUT_HEADS),
     Architecture("inception_v3", size=75, options=WITHOUT_HEADS),
     Architecture("repvgg_a0", "timm", kept_batch_norms=17, slow=False),
-    Architecture("convnext_tiny"),
+    Architecture("convnext_tiny", slow=False),
     Architecture("deit_tiny_patch16_224", "timm", options=(("img_size", 64),), slow=False),
     Architecture("swin_t"),
 ]

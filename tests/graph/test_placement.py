@@ -20,12 +20,12 @@ class Small(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(4)
-        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.a, self.clip, self.b = nn.Conv2d(4, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x):
         y = F.max_pool2d(F.relu(self.norm(self.stem(x))), 2)
-        z = F.relu(y + self.b(F.relu6(self.a(y))))
+        z = F.relu(y + self.b(self.clip(self.a(y))))
         both = torch.cat([y, z * 0.5], 1)
         return self.head(F.adaptive_avg_pool2d(both, 1).flatten(1))
 
@@ -54,7 +54,7 @@ def test_integer_puts_tensors_on_a_grid_where_a_runtime_does(student):
     assert list(student.activations) == [
         "x",  # the network's input
         "relu",  # behind the stem, read through the pooling by two layers and an add
-        "hardtanh",  # between the block's layers
+        "clip_hardtanh",  # between the block's layers
         "b",  # the add's other operand
         "mul",  # an operand of the concatenation; its own operand is a number, so no integer kernel multiplies
         "cat",  # read by the average
@@ -66,7 +66,7 @@ def test_ends_have_their_own_bits(student):
     assert {name: quantizer.grid for name, quantizer in student.activations.items()} == {
         "x": Grid(8, signed=False),
         "relu": Grid(5, signed=False),
-        "hardtanh": Grid(5, signed=False),
+        "clip_hardtanh": Grid(5, signed=False),
         "b": Grid(5, signed=False),
         "mul": Grid(5, signed=False),
         "cat": Grid(5, signed=False),
@@ -85,7 +85,7 @@ def test_layers_know_their_path_tensors_and_source(student):
     assert found == {
         "stem": ("stem", "stem.folded_weight", "stem.folded_bias", "x", True),
         "a": ("a", "a.weight", "a.bias", "relu", False),
-        "b": ("b", "b.weight", "b.bias", "hardtanh", False),
+        "b": ("b", "b.weight", "b.bias", "clip_hardtanh", False),
         "head": ("head", "head.weight", "head.bias", "adaptive_avg_pool2d", True),
     }
     assert list(student.biases) == ["stem", "a", "b", "head"]
@@ -99,7 +99,7 @@ def test_without_end_bits_all_bits_are_the_same(graph):
 
 def test_literature_keeps_batch_norm_and_quantizes_behind_relu_alone(graph):
     student = place(graph, "literature", weight_bits=4, activation_bits=4, end_bits=8)
-    assert list(student.activations) == ["relu", "hardtanh", "relu_1"]
+    assert list(student.activations) == ["relu", "clip_hardtanh", "relu_2"]
     assert student.biases == {}
     assert {quantizer.grid.bits for quantizer in [*student.weights.values(), *student.activations.values()]} == {4}
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from reverie import __version__
+import reverie
 from reverie.cli import evaluate, export, inspect, methods, quantize, recipe, synthesize
 from reverie.errors import ReverieError
 
@@ -27,7 +27,7 @@ app = App(
     help="Quantize trained vision networks without their training data, and prove the result in a real runtime.\n\n"
     "Example: reverie quantize embedded:digits --weight-bits 4 --evaluate held-out",
     help_format="plaintext",
-    version=__version__,
+    version=lambda: reverie.__version__,
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,
     exit_on_error=False,

@@ -32,6 +32,7 @@ from reverie.graph.operators import (
     arguments,
     aten,
     attribute,
+    constant,
     set_attribute,
 )
 from reverie.graph.quantized import QuantizedLayer, QuantizedNetwork
@@ -186,7 +187,7 @@ def _absorb_clipping(graph: fx.GraphModule, call: fx.Node) -> None:
     scale, zero_point = quantizer.scale, quantizer.zero_point
     low = torch.tensor(quantizer.grid.quant_min, dtype=torch.uint8)
     high = torch.tensor(quantizer.grid.quant_max, dtype=torch.uint8)
-    clipped = source.target in CLIPPING and len(source.users) == 1
+    clipped = source.target in CLIPPING and len(source.users) == 1 and all(map(constant, source.all_input_nodes[1:]))
     for bound, below in _bounds(graph, source) if clipped else ():
         code = quantize(bound, scale, zero_point, quantizer.grid).to(torch.uint8)
         low, high = (torch.maximum(low, code), high) if below else (low, torch.minimum(high, code))

@@ -237,7 +237,8 @@ def assert_parity(parity: Parity) -> None:
             f"{name}: codes in onnxruntime and in the student must be at most {MAX_CODE_DIFFERENCE} step apart, got "
             f"{worst.max_code_difference} steps, {worst.differing_share:.2%} of the values differ; {_REPORT}"
         )
-    if parity.logit_error > MAX_LOGIT_ERROR:
+    # Not a number is an error too.
+    if not parity.logit_error <= MAX_LOGIT_ERROR:
         raise ExportError(
             f"logits: onnxruntime must compute them from the last codes to {MAX_LOGIT_ERROR:.1e} of the largest, got "
             f"{parity.logit_error:.1e}; {_REPORT}"

@@ -58,6 +58,7 @@ class Onnx:
     def __call__(
         self, quantized: QuantizedNetwork, shape: tuple[int, ...], path: Path, *, facts: dict[str, str] | None = None
     ) -> None:
+        """Writes `path`; see `export.Exporter`."""
         model = _translate(lower(quantized, shape), shape)
         _name_layers(model.graph, {f"{layer.weight}_codes": layer.name for layer in quantized.layers.values()})
         for layer in quantized.layers.values():

@@ -46,11 +46,8 @@ from reverie.graph.operators import (
 )
 
 _HOMOGENEOUS = frozenset({aten.relu.default, aten.leaky_relu.default})
-_POOLS = frozenset(
-    {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default}
-)
+_POOLS = frozenset({aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default})
 _PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
-_FLATTENS = frozenset({aten.reshape.default, aten.flatten.using_ints})
 
 
 @dataclass(frozen=True)
@@ -151,14 +148,12 @@ def _keeps_channels(node: fx.Node, channels: int, rank: int, one_position: bool)
         return zeros and len(named["pad"]) <= 2 * (rank - 2)
     if node.target is aten.reshape.default:
         return one_position and list(named["shape"][1:]) == [channels]
-    if node.target is aten.flatten.using_ints:
-        return one_position and (named["start_dim"], named["end_dim"]) == (1, -1)
     return node.target in _POOLS
 
 
 def _drops_space(node: fx.Node) -> bool:
     """Whether only the channels are left behind this node."""
-    return node.target in _FLATTENS or (node.target is aten.mean.dim and not arguments(node)["keepdim"])
+    return node.target is aten.reshape.default or (node.target is aten.mean.dim and not arguments(node)["keepdim"])
 
 
 def _magnitudes(graph: fx.GraphModule, layer: fx.Node) -> Float[Tensor, "groups out in"]:

@@ -24,8 +24,10 @@ def tap(graph: fx.GraphModule, tensors: Iterable[str]) -> fx.GraphModule:
         if name not in by_name:
             raise ConfigError(f"tap: tensors must be nodes of the graph, got {name!r}; see `reverie inspect` for the names")
     copied.output({name: by_name[name] for name in wanted})
-    copied.eliminate_dead_code()
-    return fx.GraphModule(graph, copied, class_name="Tapped")
+    tapped = fx.GraphModule(graph, copied, class_name="Tapped")
+    tapped.graph.eliminate_dead_code()
+    tapped.recompile()
+    return tapped
 
 
 def shapes(graph: fx.GraphModule, example: Tensor) -> dict[str, tuple[int, ...]]:

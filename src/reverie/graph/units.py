@@ -41,18 +41,20 @@ class Unit:
 
 def find_units(graph: fx.GraphModule, kind: UnitKind) -> list[Unit]:
     """The units of that kind, in execution order. Every layer is in exactly one."""
-    data = data_nodes(graph)
+    data, known = data_nodes(graph), layers(graph)
     order = [node for node in graph.graph.nodes if node in data]
     if kind == "network":
-        return [_unit(order[1:], layers(graph), data)] if layers(graph) else []
-    if kind == "layer":
-        groups = []
-        for layer in layers(graph):
-            readers = list(layer.users)
-            activation = readers[0] if len(readers) == 1 and readers[0].target in _ACTIVATIONS else None
-            groups.append([layer, activation] if activation is not None else [layer])
-        return [_unit(group, layers(graph), data) for group in groups]
-    return [_unit(region, layers(graph), data) for region in _regions(order, data)]
+        regions = [order[1:]] if known else []
+    elif kind == "layer":
+        regions = [_with_activation(layer) for layer in known]
+    else:
+        regions = _regions(order, data)
+    return [_unit(region, set(known), data) for region in regions]
+
+
+def _with_activation(layer: fx.Node) -> list[fx.Node]:
+    readers = list(layer.users)
+    return [layer, *readers] if len(readers) == 1 and readers[0].target in _ACTIVATIONS else [layer]
 
 
 def _regions(order: list[fx.Node], data: set[fx.Node]) -> list[list[fx.Node]]:
@@ -84,14 +86,13 @@ def _regions(order: list[fx.Node], data: set[fx.Node]) -> list[list[fx.Node]]:
     return merged
 
 
-def _unit(nodes: list[fx.Node], all_layers: list[fx.Node], data: set[fx.Node]) -> Unit:
+def _unit(nodes: list[fx.Node], known: set[fx.Node], data: set[fx.Node]) -> Unit:
     inside = set(nodes)
     inputs: list[str] = []
     for node in nodes:
         for source in node.all_input_nodes:
             if source in data and source not in inside and source.name not in inputs:
                 inputs.append(source.name)
-    known = set(all_layers)
     return Unit(
         name=nodes[-1].name,
         nodes=tuple(node.name for node in nodes),

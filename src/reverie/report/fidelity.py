@@ -1,12 +1,12 @@
 """How good a set of synthetic images is, measured: fidelity to what the network remembers, and diversity.
 
-    batch_norm_distance   mean over batch norms and channels of ((m - mu)/sigma)^2 + (s/sigma - 1)^2 over the whole set: 0 is a
-                          perfect match, real training images are near 0, noise is not
-    class_histogram       how many images the teacher takes for each class
-    class_coverage        entropy of that histogram over its largest possible value, 0 to 1
-    confidence            mean largest softmax value
-    entropy               mean entropy of the teacher's answer, in nats
-    feature_similarity    mean cosine of pairs of images in what the last layer reads, centred on the set: near 0 is diverse
+batch_norm_distance   mean over batch norms and channels of ((m - mu)/sigma)^2 + (s/sigma - 1)^2 over the whole set: 0 is a
+                      perfect match, real training images are near 0, noise is not
+class_histogram       how many images the teacher takes for each class
+class_coverage        entropy of that histogram over its largest possible value, 0 to 1
+confidence            mean largest softmax value
+entropy               mean entropy of the teacher's answer, in nats
+feature_similarity    mean cosine of pairs of images in what the last layer reads, centred on the set: near 0 is diverse
 """
 
 import math
@@ -67,7 +67,8 @@ def _pooled(parts: list[Statistics], sizes: list[int]) -> Statistics:
 
 
 def _entropy(probabilities: Float[Tensor, "*shape classes"]) -> Float[Tensor, "*shape"]:
-    return torch.special.entr(probabilities).sum(dim=-1)
+    found: Tensor = torch.special.entr(probabilities).sum(dim=-1)
+    return found
 
 
 def _similarity(features: Float[Tensor, "count width"]) -> float | None:

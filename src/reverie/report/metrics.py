@@ -4,7 +4,7 @@ Full precision is the captured network, `quantized` the fake-quantized student, 
 three see the same images in the same order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,8 @@ def collect(
             found["parity"] = asdict(parity)
         found["float_layers"] = verify.float_layers(onnx, quantized.layers)
     models: dict[str, Callable[[Tensor], Tensor]] = {
-        "full_precision": partial(_predict, teacher),
-        "quantized": partial(_predict, quantized.graph),
+        "full_precision": partial(predict, teacher),
+        "quantized": partial(predict, quantized.graph),
     }
     if exported:
         models["exported"] = partial(verify.predict, session, batch=BATCH)
@@ -84,7 +84,7 @@ def collect(
 
 
 def score(
-    models: dict[str, Callable[[Tensor], Tensor]], images: Images, step: Callable[..., None] = lambda: None
+    models: Mapping[str, Callable[[Tensor], Tensor]], images: Images, step: Callable[..., None] = lambda: None
 ) -> dict[str, Any]:
     """How often `models` are right, and how often they agree with the one named "full_precision".
 
@@ -108,13 +108,14 @@ def score(
     if labels is not None:
         scores["top1"] = {name: accuracy(predicted, labels) for name, predicted in classes.items()}
         scores["difference"] = {
-            name: asdict(paired_interval(predicted == labels, full == labels)) for name, predicted in others.items()
+            name: paired_interval(predicted == labels, full == labels)._asdict() for name, predicted in others.items()
         }
     return scores
 
 
 @torch.inference_mode()
-def _predict(graph: fx.GraphModule, inputs: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch classes"]:
+def predict(graph: fx.GraphModule, inputs: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch classes"]:
+    """The logits of a captured graph, on the CPU."""
     device = next((tensor.device for tensor in graph.buffers()), inputs.device)
     fast = inputs.to(device).contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs.to(device)
     answer: Tensor = graph(fast)

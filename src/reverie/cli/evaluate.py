@@ -1,0 +1,54 @@
+"""`reverie evaluate`: a finished run on another folder of images."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions
+from reverie.cli._output import say, say_json, say_table
+from reverie.cli._runs import exported_file, load_network
+
+
+def evaluate(
+    run: Path,
+    /,
+    *,
+    data: Path,
+    network: str | None = None,
+    json: Json = False,
+    options: NetworkOptions = NO_OPTIONS,
+) -> None:
+    """Measure a run's exported model beside the full-precision network on a folder of images.
+
+    With labels: accuracy of both and the 95 % interval of the difference. Without: how often both give the same class.
+
+    Example: reverie evaluate runs/nets-resnet20-w4a8 --data cifar10/test
+
+    Args:
+        run: A run directory that `reverie quantize` completed.
+        data: Folder of images (a folder a class, or with a labels.csv), or an .npz or .safetensors file.
+        network: The full-precision network; default: the one that the run names.
+        json: Print the numbers as one JSON document.
+    """
+    import torch
+
+    from reverie.export import _verify as verify
+    from reverie.images.folder import read_folder
+    from reverie.pipeline import as_teacher
+    from reverie.report import metrics, outcome
+
+    file = exported_file(run)
+    loaded = load_network(run, network, options)
+    images = read_folder(data, loaded.input, loaded.classes, require_labels=False)
+    session = verify.open_session(file, threads=torch.get_num_threads())
+    models = {
+        "full_precision": partial(metrics.predict, as_teacher(loaded).graph),
+        "exported": partial(verify.predict, session, batch=metrics.BATCH),
+    }
+    scores: dict[str, Any] = {"images": len(images), **metrics.score(models, images)}
+    if json:
+        say_json(scores)
+        return
+    head, rows = outcome.score_table(scores)
+    say_table(head, rows, numbers=range(1, len(head)))
+    say(f"images: {len(images)} in {data}{'' if images.labels is not None else ', no labels'}")

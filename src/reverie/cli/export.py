@@ -1,0 +1,58 @@
+"""`reverie export`: a finished run as a file for a runtime, once more."""
+
+from pathlib import Path
+
+from reverie.cli._options import NO_OPTIONS, NetworkOptions
+from reverie.cli._output import say
+from reverie.cli._runs import load_network, packed_file
+from reverie.errors import ConfigError
+
+
+def export(
+    run: Path,
+    /,
+    *,
+    target: str = "onnx",
+    output: Path | None = None,
+    network: str | None = None,
+    options: NetworkOptions = NO_OPTIONS,
+) -> None:
+    """Write the integer model of a run for a target, from its packed checkpoint.
+
+    An ONNX file is compared with the checkpoint in ONNX Runtime, on the run's own images, before this succeeds.
+
+    Example: reverie export runs/embedded-digits-w4a8 --target onnx --output digits.onnx
+
+    Args:
+        run: A run directory that `reverie quantize` completed.
+        target: Which kind of file; `reverie methods` lists them.
+        output: The file; default RUN/network.TARGET.
+        network: The full-precision network; default: the one that the run names.
+    """
+    from reverie import export as targets
+    from reverie import pipeline, plugins, recipe
+    from reverie.export import _verify as verify
+    from reverie.export.packed import restore
+    from reverie.images.store import load_images
+    from reverie.report.outcome import size_text
+
+    exporter = plugins.load(targets, target)()
+    packed = packed_file(run)
+    file = output or run / f"network.{target}"
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: must be in a folder that exists, got none; create it or choose another --output")
+    resolved = recipe.read(str(run / "recipe.toml"))
+    loaded = load_network(run, network, options)
+    teacher = pipeline.as_teacher(loaded)
+    _, student = pipeline.student_of(teacher.graph, resolved.quantization)
+    quantized = restore(student, packed)
+    facts = {"reverie.network": loaded.name, "reverie.recipe": resolved.fingerprint}
+    exporter(quantized, loaded.input.shape, file, facts=facts)
+    say(f"wrote {file}, {size_text(file.stat().st_size)}")
+    images = run / "images.safetensors"
+    if target == "onnx" and images.is_file():
+        parity = verify.measure_parity(quantized, file, load_images(images).inputs[:64])
+        verify.assert_parity(parity)
+        say(
+            f"same class as the checkpoint on {parity.images} of its own images, codes at most {parity.max_code_difference} steps apart"
+        )

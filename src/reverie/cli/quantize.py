@@ -1,0 +1,144 @@
+"""`reverie quantize`: the main job, from a trained network to a verified integer model."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, as_overrides, read_recipe, slug
+from reverie.cli._output import say, say_json, say_table
+from reverie.errors import ConfigError, at
+from reverie.progress import choose
+
+if TYPE_CHECKING:
+    from reverie.images import Images
+    from reverie.models import Network
+    from reverie.pipeline import Run
+
+HELD_OUT = "held-out"
+# From here down nearest rounding costs accuracy that learned rounding keeps.
+_ROUNDING_MATTERS_BELOW = 8
+
+
+def quantize(
+    network: str,
+    /,
+    *,
+    recipe: str | None = None,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    images: int | None = None,
+    calibration: Path | None = None,
+    evaluate: str | None = None,
+    unlabelled: Path | None = None,
+    output: Path | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    settings: Settings = None,
+    json: Json = False,
+    options: NetworkOptions = NO_OPTIONS,
+) -> None:
+    """Quantize a trained network without its training data, export it, and prove and measure the result.
+
+    Writes a run directory with the images, the packed network, network.onnx, metrics.json and report.html. The same
+    command again goes on where a killed run stopped.
+
+    Example: reverie quantize embedded:digits --weight-bits 4 --evaluate held-out
+
+    Example: reverie quantize nets.py:resnet20 --weights resnet20.safetensors --input-size 32 --classes 10
+    --mean 0.491,0.482,0.447 --std 0.247,0.243,0.262 --set synthesis.steps=500
+
+    Args:
+        network: Such as embedded:digits, timm:resnet18, torchvision:resnet50, package:mobilenet_v2 or
+            path/to/file.py:factory.
+        recipe: A preset or a .toml file; `reverie recipe` lists the presets. Default: zeroq for 8-bit weights, adaround
+            for fewer bits.
+        weight_bits: Bits of a weight, 2 to 8; first and last layer have 8 unless --set quantization.end_bits=N.
+        activation_bits: Bits of an activation, 2 to 8.
+        images: How many images to synthesize for calibration; 0 with --calibration uses real ones only.
+        calibration: Folder (or .npz, .safetensors) of real images to use beside the synthetic ones.
+        evaluate: Folder (or .npz, .safetensors) of labelled images to measure accuracy on, or held-out for the set that
+            the network brings along.
+        unlabelled: Folder (or .npz, .safetensors) of images to measure agreement with full precision on.
+        output: The run directory; default runs/NETWORK-wNaN.
+        seed: Of everything random.
+        device: Where synthesis and rounding happen, such as cpu or cuda.
+        settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable, and wins over the flags.
+        json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
+    """
+    from reverie import pipeline
+    from reverie.runs import check_output
+
+    name, why = _recipe_name(recipe, weight_bits, settings)
+    resolved = read_recipe(
+        name,
+        settings,
+        seed=seed,
+        images=images,
+        quantization__weight_bits=weight_bits,
+        quantization__activation_bits=activation_bits,
+    )
+    bits = resolved.quantization
+    folder = output or Path("runs") / f"{slug(network)}-w{bits.weight_bits}a{bits.activation_bits}"
+    check_output(folder)
+    loaded = options.load(network)
+    pipeline.check(resolved, loaded, calibrated=calibration is not None, device=device)
+    real = None if calibration is None else _read(calibration, loaded, require_labels=False, option="--calibration")
+    unseen = None if unlabelled is None else _read(unlabelled, loaded, require_labels=False, option="--unlabelled")
+    labelled = None if evaluate is None else _labelled(evaluate, loaded)
+    if not json:
+        say(f"recipe {name}{why}; output {folder}")
+    run = pipeline.run(
+        resolved,
+        loaded,
+        output=folder,
+        calibration=real,
+        evaluation=labelled,
+        unlabelled=unseen,
+        device=device,
+        progress=choose(sys.stderr, json),
+    )
+    if json:
+        say_json(run.metrics)
+    else:
+        _show(run)
+
+
+def _recipe_name(recipe: str | None, weight_bits: int | None, settings: Settings) -> tuple[str, str]:
+    """The recipe's name, and what to say about how it was chosen."""
+    if recipe is not None:
+        return recipe, ""
+    bits = as_overrides(settings).get("quantization.weight_bits", weight_bits)
+    if isinstance(bits, int) and bits < _ROUNDING_MATTERS_BELOW:
+        return "adaround", f" (chosen for weights below {_ROUNDING_MATTERS_BELOW} bits; --recipe overrides it)"
+    return "zeroq", f" (chosen for {_ROUNDING_MATTERS_BELOW}-bit weights; --recipe overrides it)"
+
+
+def _read(place: Path, network: "Network", *, require_labels: bool, option: str) -> "Images":
+    from reverie.images.folder import read_folder
+
+    with at(option):
+        return read_folder(place, network.input, network.classes, require_labels=require_labels)
+
+
+def _labelled(place: str, network: "Network") -> "Images":
+    if place != HELD_OUT:
+        return _read(Path(place), network, require_labels=True, option="--evaluate")
+    if network.held_out is None:
+        raise ConfigError(
+            f"--evaluate {HELD_OUT}: the network must bring a labelled set along, got none with {network.name}; "
+            "give a folder of labelled images"
+        )
+    return network.held_out()
+
+
+def _show(run: "Run") -> None:
+    from reverie.report import outcome
+
+    head, rows = outcome.table(run.metrics)
+    say()
+    say_table(head, rows, numbers=range(1, len(head)))
+    say()
+    for line in [outcome.headline(run.metrics), *outcome.notes(run.metrics)]:
+        say(line)
+    files = sorted(path.name for path in run.path.iterdir() if not path.name.startswith("."))
+    say(f"files: {run.path}: {', '.join(files)}")

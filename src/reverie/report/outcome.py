@@ -1,0 +1,151 @@
+"""What the numbers of a run mean, in words: the same on the terminal and in the HTML report.
+
+Everything here reads `metrics.json` and nothing else, so an old run can be shown again.
+"""
+
+from typing import Any
+
+_NAMES = {"full_precision": "full precision", "quantized": "fake-quantized", "exported": "exported (ONNX Runtime)"}
+_SETS = {"synthetic": "held-out synthetic", "unlabelled": "unlabelled", "evaluation": "evaluation"}
+NONE = "-"
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The result in a sentence or two."""
+    best = "quantized" if metrics["exported"]["top1"] is None else "exported"
+    name = f"{metrics['network']['name']} at {bits_text(metrics)}"
+    if metrics[best]["top1"] is not None:
+        sentence = (
+            f"{name} reads {percent(metrics[best]['top1'])} of {metrics[best]['images']} labelled images right, "
+            f"full precision {percent(metrics['full_precision']['top1'])}: "
+            f"{_difference(metrics['difference'][best])} points"
+        )
+    elif metrics["agreement"]:
+        kind, answers = next(iter(metrics["agreement"].items()))
+        share = answers.get("exported", answers["quantized"])
+        sentence = (
+            f"{name} gives the class of full precision on {percent(share)} of {answers['images']} {_SETS[kind]} images; "
+            "its accuracy is unknown without labelled ones"
+        )
+    else:
+        sentence = f"{name} was not compared with full precision, for want of images"
+    if metrics["latency_ms"] is None:
+        return f"{sentence}. Nothing was exported, so nothing was timed."
+    smaller = metrics["bytes"]["fp32"] / metrics["bytes"]["packed"]
+    return f"{sentence}. The file is {smaller:.1f} times smaller; {_speed(metrics['latency_ms']['ratio'])} in ONNX Runtime."
+
+
+def table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heads of the columns and the rows: full precision, fake-quantized and, if there is a file, exported."""
+    labelled = metrics["full_precision"]["top1"] is not None
+    sets = list(metrics["agreement"])
+    head = ["", "accuracy", *(["difference, points (95 %)"] if labelled else [])]
+    head += [*(f"agrees, {name}" for name in sets), "size", "latency", "speed"]
+    rows = []
+    for key, name in _NAMES.items():
+        if key == "exported" and metrics["latency_ms"] is None:
+            continue
+        row = [name, percent(metrics[key]["top1"]) if labelled else "no labels"]
+        if labelled:
+            row.append(_difference(metrics["difference"][key]) if key in metrics["difference"] else NONE)
+        row += [percent(metrics["agreement"][part][key]) if key != "full_precision" else NONE for part in sets]
+        rows.append([*row, _size(metrics, key), *_latency(metrics, key)])
+    return head, rows
+
+
+def score_table(scores: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Likewise for what `report.metrics.score` found on one set of images."""
+    labelled = "top1" in scores
+    head = ["", *(["accuracy", "difference, points (95 %)"] if labelled else []), "agreement"]
+    rows = []
+    for key, name in _NAMES.items():
+        other = key in scores["agreement"]
+        if other or key == "full_precision":
+            difference = _difference(scores["difference"][key]) if labelled and other else NONE
+            accuracy = [percent(scores["top1"][key]), difference] if labelled else []
+            rows.append([name, *accuracy, percent(scores["agreement"][key]) if other else NONE])
+    return head, rows
+
+
+def notes(metrics: dict[str, Any]) -> list[str]:
+    """A line each on parity, kernels, images and time."""
+    lines = []
+    if metrics["parity"] is not None:
+        lines.append(f"parity: {_parity(metrics['parity'])}")
+    if metrics.get("float_layers"):
+        lines.append(f"in float, without an integer kernel: {', '.join(metrics['float_layers'])}")
+    lines.append(f"images: {images_text(metrics['images'])}")
+    lines.append(f"seconds: {seconds_text(metrics['seconds'])}; peak memory {size_text(metrics['peak_memory_bytes'])}")
+    return lines
+
+
+def images_text(images: dict[str, Any]) -> str:
+    """Such as `64 (64 zeroq), batch-norm distance 0.021, class coverage 0.97, feature similarity 0.02`."""
+    sources = ", ".join(f"{count} {source}" for source, count in images["source"].items())
+    diversity = images["diversity"]
+    parts = [f"{images['count']} ({sources})"]
+    for key in ("batch_norm_distance", "class_coverage", "feature_similarity"):
+        if diversity[key] is not None:
+            parts.append(f"{key.replace('_', ' ').replace('batch norm', 'batch-norm')} {diversity[key]:.3g}")
+    return ", ".join(parts)
+
+
+def seconds_text(seconds: dict[str, float]) -> str:
+    """Such as `capture 1.2, synthesize 10.3, total 11.5`."""
+    return ", ".join(f"{stage} {value:.1f}" for stage, value in {**seconds, "total": sum(seconds.values())}.items())
+
+
+def bits_text(metrics: dict[str, Any]) -> str:
+    """Such as `W4A8`."""
+    return f"W{metrics['quantization']['weight_bits']}A{metrics['quantization']['activation_bits']}"
+
+
+def percent(share: float | None) -> str:
+    """Such as `99.67 %`; `below 0.01 %` for what would look like nothing."""
+    if share is None:
+        return NONE
+    return "below 0.01 %" if 0 < share < 5e-5 else f"{100 * share:.2f} %"
+
+
+def size_text(size: int) -> str:
+    """Such as `1.2 MB`."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def _difference(interval: dict[str, float]) -> str:
+    return f"{100 * interval['difference']:+.2f} ({100 * interval['low']:+.2f} to {100 * interval['high']:+.2f})"
+
+
+def _speed(ratio: float) -> str:
+    return (
+        f"it runs {ratio:.2f} times as fast as the FP32 file"
+        if ratio >= 1
+        else f"it runs at {ratio:.2f} of the speed of the FP32 file"
+    )
+
+
+def _size(metrics: dict[str, Any], key: str) -> str:
+    name = {"full_precision": "fp32", "quantized": "network", "exported": "packed"}[key]
+    return size_text(metrics["bytes"][name]) if name in metrics["bytes"] else NONE
+
+
+def _latency(metrics: dict[str, Any], key: str) -> tuple[str, str]:
+    """Milliseconds, and how many times as fast as full precision."""
+    times = metrics["latency_ms"]
+    if times is None or key == "quantized":
+        return NONE, NONE
+    if key == "full_precision":
+        return f"{times['fp32']:.3g} ms", "1.00 x"
+    return f"{times['quantized']:.3g} ms", f"{times['ratio']:.2f} x"
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    steps = parity["max_code_difference"]
+    return (
+        f"codes of ONNX Runtime and the student at most {steps} step{'' if steps == 1 else 's'} apart "
+        f"({percent(parity['differing_share'])} differ), same class on {percent(parity['top1_agreement'])} "
+        f"of {parity['images']} images"
+    )

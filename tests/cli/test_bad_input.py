@@ -1,0 +1,292 @@
+"""Whatever is wrong is one line on standard error, whole here, and says how to mend it; nothing is written before it."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tests.cli.conftest import SHAPE, TINY
+
+from reverie.cli import main
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, *arguments):
+    """The message of a command that ends with status 1."""
+    assert main([str(argument) for argument in arguments]) == 1
+    return message(capsys)
+
+
+def message(capsys):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("reverie: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (
+            "embedded:digit",
+            "unknown embedded network 'digit'; choose one of digits, or did you mean 'digits'?",
+        ),
+        (
+            "embeded:digits",
+            "unknown network source 'embeded'; choose one of embedded, package, timm, torchvision, or did you mean 'embedded'?",
+        ),
+        (
+            "resnet18",
+            "a network must be SOURCE:NAME with SOURCE one of embedded, package, timm, torchvision, "
+            "or path/to/file.py:FACTORY, got 'resnet18'",
+        ),
+        ("nowhere.py:net", "nowhere.py:net: nowhere.py must be a Python file, got nothing there"),
+    ],
+)
+def test_an_unknown_network_is_refused(capsys, network, expected):
+    shape = SHAPE if ".py" in network else []
+    assert refused(capsys, "quantize", network, *shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--recipe", "adaruond"],
+            "unknown recipe 'adaruond'; choose one of adaround, noise, zeroq, or did you mean 'adaround'?",
+        ),
+        (
+            ["--recipe", "mine.toml"],
+            "mine.toml: a recipe file must exist, got none; `reverie recipe adaround` prints one to start from",
+        ),
+        (
+            ["--set", "rounding.method=adaruond"],
+            "recipe zeroq: [rounding]: unknown rounding method 'adaruond'; choose one of adaround, nearest, "
+            "or did you mean 'adaround'?",
+        ),
+        (
+            ["--set", "synthesis.step=10"],
+            "recipe zeroq: [synthesis]: unknown key 'step'; choose one of batch, clamp, class_weight, input_weight, "
+            "learning_rate, level, steps, variation_weight, or did you mean 'steps'?",
+        ),
+        (
+            ["--set", "sede=1"],
+            "recipe zeroq: unknown key 'sede'; choose one of activations, export, held_out, images, quantization, "
+            "reconstruction, rounding, seed, synthesis, weights, or did you mean 'seed'?",
+        ),
+        (["--set", "synthesis.steps=few"], "recipe zeroq: [synthesis]: steps must be a valid integer, got 'few'"),
+        (
+            ["--set", "images.more=1"],
+            "recipe zeroq: images.more must be a key of a table, got the single value 'images'; leave out '.more'",
+        ),
+        (["--weight-bits", "9"], "recipe zeroq: [quantization]: weight_bits must be 2 to 8, got 9"),
+        (["--weight-bits", "1"], "recipe adaround: [quantization]: weight_bits must be 2 to 8, got 1"),
+        (["--activation-bits", "16"], "recipe zeroq: [quantization]: activation_bits must be 2 to 8, got 16"),
+        (["--images", "-1"], "recipe zeroq: images must not be negative, got -1"),
+        (
+            ["--images", "0"],
+            "images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some",
+        ),
+        (["--device", "abacus"], "device must be one that PyTorch can use here, got 'abacus'; use 'cpu'"),
+        (["--mean", "0.5"], "embedded:digits: got the option 'mean'; it takes no options"),
+        (
+            ["--set", "quantization.placement=literature"],
+            "the literature placement must not be exported, got export = 'onnx'; it is for comparison with papers: "
+            "use --set export.method=none",
+        ),
+    ],
+)
+def test_a_wrong_request_is_refused(capsys, tmp_path, arguments, expected):
+    assert refused(capsys, "quantize", "embedded:digits", *arguments) == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_file_that_is_no_toml_is_refused(capsys, tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe")
+    assert refused(capsys, "recipe", "mine.toml") == "mine.toml: must be TOML in UTF-8, got other bytes"
+
+
+def test_weights_of_another_architecture_are_refused(capsys, nets, tmp_path):
+    save_file({"0.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "w.safetensors")
+    assert refused(capsys, "quantize", f"{nets}:normal", *SHAPE, "--weights", "w.safetensors") == (
+        f"{nets}:normal: w.safetensors: weights must fit the architecture, got no '0.bias' (4,) (and 6 more); "
+        "'0.weight' (4, 3, 3, 3) for (4, 1, 3, 3); use the weights of this very network"
+    )
+
+
+def test_weights_that_are_not_finite_are_refused(capsys, nets, weights):
+    state = load_file(weights)
+    state["5.weight"][1, 2] = torch.nan
+    save_file(state, weights)
+    assert refused(capsys, "inspect", f"{nets}:normal", *SHAPE, "--weights", weights) == (
+        f"{nets}:normal: weights must be finite, got 1 NaN or infinite values in '5.weight'; "
+        "use a checkpoint from before the training diverged"
+    )
+
+
+@pytest.mark.parametrize("command", [["quantize"], ["synthesize", "--output", "out"]])
+def test_a_network_without_batch_norm_is_refused_by_zeroq(capsys, nets, tmp_path, command):
+    assert refused(capsys, *command, f"{nets}:plain", *SHAPE) == (
+        f"{nets}:plain: zeroq needs a batch norm with running statistics, got none in the network; "
+        "use --calibration with a folder of images and --images 0 --set held_out=0, or --set synthesis.method=noise as a baseline"
+    )
+    assert list(tmp_path.iterdir()) == [nets]
+
+
+@pytest.mark.parametrize("option", ["--calibration", "--evaluate", "--unlabelled"])
+def test_an_empty_folder_of_images_is_refused(capsys, tmp_path, option):
+    (tmp_path / "pictures").mkdir()
+    assert refused(capsys, "quantize", "embedded:digits", option, "pictures") == (
+        f"{option}: pictures: must hold images (.bmp, .jpeg, .jpg, .png, .webp), got none"
+    )
+
+
+def test_unreadable_images_are_refused_by_name(capsys, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (32, 32)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "b.png").write_bytes(b"not an image")
+    assert refused(capsys, "quantize", "embedded:digits", "--calibration", "pictures") == (
+        "--calibration: pictures: all images must be readable, got 1 unreadable: b.png; remove them"
+    )
+
+
+def test_images_with_another_channel_count_are_refused(capsys, tmp_path):
+    np.savez(tmp_path / "set.npz", images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.zeros(2, np.int64))
+    assert refused(capsys, "quantize", "embedded:digits", "--evaluate", "set.npz") == (
+        "--evaluate: set.npz: images must have 1 channels, got shape (32, 32, 3); convert them first"
+    )
+
+
+def test_labels_outside_the_classes_are_refused(capsys, tmp_path):
+    np.savez(tmp_path / "set.npz", images=np.zeros((2, 32, 32, 1), np.uint8), labels=np.array([3, 10]))
+    assert refused(capsys, "quantize", "embedded:digits", "--evaluate", "set.npz") == (
+        "--evaluate: set.npz: labels must be 0 to 9, got 10 for set.npz[1]; check that these images belong to this network"
+    )
+
+
+def test_the_held_out_set_of_a_network_that_brings_none_is_refused(capsys, nets):
+    assert refused(capsys, "quantize", f"{nets}:normal", *SHAPE, "--evaluate", "held-out") == (
+        f"--evaluate held-out: the network must bring a labelled set along, got none with {nets}:normal; "
+        "give a folder of labelled images"
+    )
+
+
+@pytest.mark.parametrize("command", ["quantize", "synthesize"])
+def test_an_output_folder_that_is_not_ours_is_refused_and_left_alone(capsys, tmp_path, command):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("precious")
+    assert refused(capsys, command, "embedded:digits", "--output", "thesis") == (
+        "thesis: must be empty or hold a run, got other files in it; choose another --output"
+    )
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+
+
+def test_an_output_that_is_a_file_or_below_one_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert refused(capsys, "quantize", "embedded:digits", "--output", "file") == (
+        "file: must be a folder, got a file; choose another --output"
+    )
+    assert refused(capsys, "synthesize", "embedded:digits", *TINY, "--output", "file/run") == (
+        "file/run: must be writable, got 'Not a directory'; choose another --output"
+    )
+
+
+def test_an_output_with_another_run_is_refused(capsys, finished):
+    said = refused(capsys, "synthesize", "embedded:digits", *TINY, "--output", finished)
+    assert said.startswith(f"{finished}: must be new or hold the same run, got one with recipe '")
+    assert said.endswith("'; choose another --output, or delete the folder")
+
+
+def test_without_space_left_what_is_there_stays_whole_and_the_same_command_resumes(tmp_path):
+    command = [sys.executable, "-m", "reverie", "synthesize", "embedded:digits", *TINY, "--output", "dreams"]
+    quota = 16_000
+
+    def limit():
+        # The system's own refusal (EFBIG), as a full disk gives ENOSPC.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (quota, quota))
+
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == (
+        "reverie: dreams/checkpoints/images/images-0.safetensors: no space left to write it; "
+        "free some space and run the same command again, it resumes"
+    )
+    assert json.loads((tmp_path / "dreams" / "run.json").read_text())["complete"] is False
+    assert not list((tmp_path / "dreams").rglob("*.partial*"))
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--data", "x"], ["export"]])
+def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path, command):
+    assert (
+        refused(capsys, *command, tmp_path) == f"{tmp_path}: must be a run directory, got no run.json written by Reverie in it"
+    )
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--data", "x"], ["export"]])
+def test_a_run_that_is_not_complete_is_refused(capsys, tmp_path, finished, command):
+    record = json.loads((finished / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"complete": False}))
+    assert refused(capsys, *command, tmp_path) == (
+        f"{tmp_path}: must be a complete run, got an interrupted one; run the same `reverie quantize` again"
+    )
+
+
+def test_a_run_of_another_network_is_refused(capsys, finished, nets):
+    said = refused(capsys, "export", finished, "--network", f"{nets}:normal", *SHAPE)
+    assert said.startswith(f"{finished}: must be of this very network (")
+    assert said.endswith("); name the right one with --network and --weights")
+
+
+def test_an_unknown_export_target_is_refused(capsys, finished):
+    assert refused(capsys, "export", finished, "--target", "tflite") == (
+        "unknown export method 'tflite'; choose one of onnx, packed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["quantize"], 'Command "quantize" parameter NETWORK requires an argument. See --help.'),
+        (
+            ["quantise", "x"],
+            'Unknown command "quantise". Did you mean "quantize"? Available commands: quantize, synthesize, evaluate, '
+            "export, inspect, methods, recipe. See --help.",
+        ),
+        (["quantize", "embedded:digits", "--bits", "4"], "Unknown option: --bits. Did you mean --weights? See --help."),
+        (
+            ["quantize", "embedded:digits", "--weight-bits", "four"],
+            'Invalid value for --weight-bits: unable to convert "four" into int. See --help.',
+        ),
+        (
+            ["quantize", "x.py:net", "--mean", "a,b"],
+            "Invalid value for --mean: could not convert string to float: 'a' See --help.",
+        ),
+        (
+            ["quantize", "embedded:digits", "--set", "steps"],
+            "Invalid value \"('steps',)\" for --set. It must be KEY=VALUE. See --help.",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line_with_status_2(capsys, arguments, expected):
+    assert main(arguments) == 2
+    assert message(capsys) == expected
+
+
+def test_an_interrupted_command_says_how_to_go_on_with_status_130(capsys, nets):
+    assert main(["inspect", f"{nets}:interrupted", *SHAPE]) == 130
+    assert message(capsys) == "interrupted; run the same command again to resume"
+
+
+def test_an_error_of_our_own_is_not_hidden():
+    with pytest.raises(TypeError):
+        main([object()])

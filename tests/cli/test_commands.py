@@ -1,0 +1,228 @@
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+from tests.cli.conftest import SHAPE, TINY
+
+import reverie
+from reverie import plugins, recipe
+from reverie.cli import app, main
+from reverie.cli._options import as_overrides, slug
+from reverie.cli.methods import methods_of
+from reverie.images.store import save_images
+
+COMMANDS = ["evaluate", "export", "inspect", "methods", "quantize", "recipe", "synthesize"]
+
+
+def said(capsys, *arguments):
+    """What a command that succeeds writes to standard output."""
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_quantize_writes_the_files_of_a_run(finished):
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "images", "images.safetensors", "metrics.json", "network.onnx", "network.safetensors",
+        "recipe.toml", "report.html", "run.json",
+    }  # fmt: skip
+
+
+def test_quantize_keeps_the_metrics_that_programs_read(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for name in ("full_precision", "quantized", "exported"):
+        assert 0.5 < metrics[name]["top1"] <= 1
+        assert metrics[name]["images"] == 599
+    assert set(metrics["agreement"]) == {"synthetic", "evaluation"}
+    assert metrics["parity"]["max_code_difference"] <= 1
+    assert metrics["bytes"]["packed"] < metrics["bytes"]["fp32"]
+    times = metrics["latency_ms"]
+    assert times["ratio"] == times["fp32"] / times["quantized"]
+    assert set(metrics["seconds"]) == {"capture", "synthesize", "quantize", "export", "measure"}
+    assert metrics["peak_memory_bytes"] > 10_000_000
+    assert metrics["images"]["source"] == {"zeroq": 8}
+    interval = metrics["difference"]["exported"]
+    assert interval["low"] <= interval["difference"] <= interval["high"]
+
+
+def test_quantize_shows_a_table_and_says_which_recipe_it_chose(capsys, finished):
+    command = ["quantize", "embedded:digits", "--weight-bits", "4", "--evaluate", "held-out", "--output", finished, *TINY]
+    lines = said(capsys, *command, "--set", "reconstruction.iterations=2").splitlines()
+    assert lines[0] == (f"recipe adaround (chosen for weights below 8 bits; --recipe overrides it); output {finished}")
+    assert lines[2].split()[-1] == "speed"
+    assert [line[:23].strip() for line in lines[4:7]] == ["full precision", "fake-quantized", "exported (ONNX Runtime)"]
+    assert lines[8].startswith("embedded:digits at W4A8 reads ")
+    assert [line.partition(":")[0] for line in lines[9:]] == ["parity", "images", "seconds", "files"]
+
+
+def test_quantize_without_labels_shows_agreement_and_writes_json_alone_to_standard_output(capfd, tmp_path):
+    assert main(["quantize", "embedded:digits", "--json", "--output", str(tmp_path / "run"), *TINY]) == 0
+    captured = capfd.readouterr()
+    metrics = json.loads(captured.out)
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["full_precision"]["top1"] is None
+    assert metrics["agreement"]["synthetic"]["images"] == 4
+    events = [json.loads(line) for line in captured.err.splitlines()]
+    assert {event["stage"] for event in events} >= {"synthesize", "calibrate", "evaluate"}
+
+
+def test_a_network_from_a_python_file_is_found_again_by_later_commands(capsys, nets, weights, tmp_path):
+    run, images = tmp_path / "run", tmp_path / "dreams.safetensors"
+    command = ["quantize", f"{nets}:normal", *SHAPE, "--weights", weights, "--recipe", "noise", "--images", "8"]
+    assert "no labels" in said(capsys, *command, "--set", "held_out=4", "--output", run)
+    (run / "images.safetensors").rename(images)
+    shown = said(capsys, "evaluate", run, "--data", images).splitlines()
+    assert shown[0].split() == ["agreement"]
+    assert shown[-1] == f"images: 8 in {images}, no labels"
+    nets.rename(tmp_path / "moved.py")
+    assert main(["export", str(run), "--network", f"{tmp_path / 'moved.py'}:normal"]) == 0
+
+
+def test_synthesize_writes_a_folder_for_any_tool(capsys, tmp_path):
+    out = tmp_path / "dreams"
+    command = ["synthesize", "embedded:digits", *TINY, "--set", "synthesis.class_weight=0.1", "--output", out, "--json"]
+    metrics = json.loads(said(capsys, *command))
+    assert metrics["images"]["count"] == 8
+    assert sum(metrics["images"]["diversity"]["class_histogram"]) == 8
+    stored = load_file(out / "images.safetensors")
+    assert stored["inputs"].shape == (8, 1, 32, 32)
+    assert stored["logits"].shape == (8, 10)
+    assert len(list((out / "images").glob("0*_class*.png"))) == 8
+    assert (out / "images" / "contact_sheet.png").is_file()
+    assert not (out / "checkpoints").exists()
+
+
+def test_evaluate_measures_the_exported_file_beside_full_precision(capsys, finished, tmp_path):
+    held_out = reverie.load_network("embedded:digits").held_out()
+    save_images(held_out, tmp_path / "digits.safetensors")
+    scores = json.loads(said(capsys, "evaluate", finished, "--data", tmp_path / "digits.safetensors", "--json"))
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert scores["images"] == 599
+    assert scores["top1"]["full_precision"] == metrics["full_precision"]["top1"]
+    assert scores["top1"]["exported"] == metrics["exported"]["top1"]
+    assert scores["difference"]["exported"] == metrics["difference"]["exported"]
+
+
+def test_export_writes_the_same_bytes_again(capsys, finished, tmp_path):
+    shown = said(capsys, "export", finished, "--output", tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == (finished / "network.onnx").read_bytes()
+    assert shown.startswith(f"wrote {tmp_path / 'again.onnx'}, ")
+    assert "same class as the checkpoint on 8 of its own images" in shown
+
+
+def test_inspect_shows_layers_and_verdicts(capsys):
+    shown = said(capsys, "inspect", "embedded:digits")
+    assert "43,654 parameters, 1,986,528 multiply-accumulates an image, output 10" in shown
+    assert "batch-norm matching" in shown
+    facts = json.loads(said(capsys, "inspect", "embedded:digits", "--json"))
+    assert len(facts["layers"]) == 16
+    assert facts["network"] == "embedded:digits"
+    assert all(verdict["reason"] for verdict in facts["verdicts"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [
+        ("synthesis", "synthesis"),
+        ("observer (activations, weights)", "observers"),
+        ("rounding", "rounding"),
+        ("export", "export"),
+    ],
+)
+def test_methods_read_from_the_source_are_those_that_load(kind, package):
+    registry = importlib.import_module(f"reverie.{package}")
+    found = methods_of(kind)
+    assert [method.name for method in found] == plugins.names(registry)
+    for method in found:
+        fields = dataclasses.fields(plugins.load(registry, method.name))
+        assert method.settings == {field.name: repr(field.default) for field in fields}
+        assert method.about.endswith(".")
+
+
+def test_methods_lists_the_network_sources_too(capsys):
+    found = json.loads(said(capsys, "methods", "--json"))
+    sources = {method["name"]: method for method in found if method["kind"] == "network source"}
+    assert set(sources) == {"embedded", "file", "package", "timm", "torchvision"}
+    assert sources["file"]["settings"]["interpolation"] == "'bilinear'"
+    assert "zeroq" in said(capsys, "methods")
+
+
+@pytest.mark.parametrize("preset", recipe.presets())
+def test_recipe_prints_what_reads_back_as_the_same_recipe(capsys, tmp_path, preset):
+    (tmp_path / "mine.toml").write_text(said(capsys, "recipe", preset, "--set", "seed=7"))
+    assert recipe.read(str(tmp_path / "mine.toml")) == recipe.read(preset, {"seed": 7})
+
+
+def test_recipe_without_a_name_lists_the_presets(capsys):
+    assert [line.partition(":")[0] for line in said(capsys, "recipe").splitlines()] == recipe.presets()
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("seed=3", {"seed": 3}),
+        ("synthesis.learning_rate = 0.5", {"synthesis.learning_rate": 0.5}),
+        ("synthesis.clamp=false", {"synthesis.clamp": False}),
+        ("synthesis.level=sample", {"synthesis.level": "sample"}),
+        ('synthesis.level="sample"', {"synthesis.level": "sample"}),
+        ("a=b=c", {"a": "b=c"}),
+    ],
+)
+def test_set_reads_toml_literals_and_bare_words(setting, expected):
+    assert as_overrides((setting,)) == expected
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("embedded:digits", "embedded-digits"),
+        ("timm:resnet18.a1_in1k", "timm-resnet18.a1_in1k"),
+        ("path/to/nets.py:resnet20", "nets-resnet20"),
+    ],
+)
+def test_the_default_output_is_named_after_the_network(network, expected):
+    assert slug(network) == expected
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_an_example(capsys, command):
+    assert f"Example: reverie {command}" in said(capsys, command, "--help")
+
+
+def test_every_command_is_tested_here():
+    assert sorted(name for name in app if not name.startswith("-")) == COMMANDS
+
+
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["quantize", "--help"], ["methods"]])
+def test_what_needs_no_network_imports_nothing_heavy(command):
+    script = (
+        "import sys; from reverie.cli import main; status = main(sys.argv[1:]); "
+        "heavy = sys.modules.keys() & {'torch', 'numpy', 'pydantic', 'onnxruntime', 'jinja2'}; "
+        "sys.exit(status or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_reverie_imports_nothing_heavy_and_its_names_come_when_used():
+    script = (
+        "import sys, reverie; heavy = sys.modules.keys() & {'torch', 'numpy', 'pydantic', 'cyclopts', 'rich'}; "
+        "assert not heavy, heavy; assert all(getattr(reverie, name) is not None for name in reverie.__all__); "
+        "assert 'torch' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_reverie_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"^module 'reverie' has no attribute 'quantise'$"):
+        reverie.quantise  # noqa: B018
+
+
+def test_the_module_runs_like_the_command():
+    done = subprocess.run([sys.executable, "-m", "reverie", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == reverie.__version__

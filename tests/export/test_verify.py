@@ -1,0 +1,141 @@
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+
+from reverie.errors import ExportError
+from reverie.export import _verify as verify
+from reverie.report.measure import latency
+
+SOUND = verify.Parity(
+    max_code_difference=1,
+    differing_share=0.001,
+    logit_error=1e-7,
+    top1_agreement=0.98,
+    untied_disagreements=1,
+    max_logit_difference=0.5,
+    images=100,
+    per_tensor={"stem": verify.TensorParity(1, 0.002), "add": verify.TensorParity(0, 0.0)},
+)
+
+
+@pytest.fixture
+def w4a4(written):
+    """An integer model with 4-bit weights and activations, and its file."""
+    return written(4, 4, 8)
+
+
+def damaged(path, name, change, folder):
+    """A copy of a file with one stored tensor changed."""
+    model = onnx.load(path)
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    tensor.CopyFrom(onnx.numpy_helper.from_array(change(values).astype(values.dtype), name))
+    onnx.save(model, folder / "damaged.onnx")
+    return folder / "damaged.onnx"
+
+
+def doubled_in_one_channel(scale):
+    scale[0] *= 2
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("relu_grid.scale", lambda scale: scale * 2),
+        ("relu_grid.scale", lambda scale: scale * 1.3),
+        ("expand.weight_scale", doubled_in_one_channel),
+        ("expand.bias_codes", lambda codes: codes + 2000),
+        ("bounded.weight_codes", lambda codes: -codes),
+        ("clamp_grid.high", lambda high: np.full_like(high, 15)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_file_is_caught(tensor, change, w4a4, images, tmp_path):
+    network, path = w4a4
+    path = damaged(path, tensor, change, tmp_path)
+    with pytest.raises(ExportError, match=r"codes in onnxruntime and in the student must be at most 1 step apart"):
+        verify.assert_parity(verify.measure_parity(network, path, images))
+
+
+@pytest.mark.parametrize("tensor", ["head.weight_scale", "head.bias_codes"])
+def test_damage_behind_the_last_codes_is_caught_at_the_logits(tensor, w4a4, images, tmp_path):
+    network, path = w4a4
+    path = damaged(path, tensor, lambda values: values * 2, tmp_path)
+    with pytest.raises(ExportError, match=r"^logits: onnxruntime must compute them from the last codes"):
+        verify.assert_parity(verify.measure_parity(network, path, images))
+
+
+def test_differences_of_rounding_pass():
+    verify.assert_parity(SOUND)
+
+
+def test_the_message_about_codes_names_the_worst_tensor():
+    worst = SOUND.per_tensor | {"add": verify.TensorParity(7, 0.25)}
+    with pytest.raises(ExportError) as caught:
+        verify.assert_parity(replace(SOUND, max_code_difference=7, per_tensor=worst))
+    assert str(caught.value) == (
+        "add: codes in onnxruntime and in the student must be at most 1 step apart, got 7 steps, 25.00% of the values differ; "
+        "the file does not say what was quantized, please report it"
+    )
+
+
+def test_the_message_about_logits_says_how_wrong_they_are():
+    with pytest.raises(ExportError) as caught:
+        verify.assert_parity(replace(SOUND, logit_error=0.25))
+    assert str(caught.value) == (
+        "logits: onnxruntime must compute them from the last codes to 9.8e-04 of the largest, got 2.5e-01; "
+        "the file does not say what was quantized, please report it"
+    )
+
+
+def test_the_message_about_classes_counts_them():
+    with pytest.raises(ExportError) as caught:
+        verify.assert_parity(replace(SOUND, untied_disagreements=6))
+    assert str(caught.value) == (
+        "logits: onnxruntime and the student must give the same class on 95% of the images, ties not counted, "
+        "got 6 other classes on 100 images; the file does not say what was quantized, please report it"
+    )
+
+
+def test_layers_left_in_float_are_named(w4a4, float_file):
+    network, path = w4a4
+    assert verify.float_layers(path, network.layers) == []
+    with pytest.raises(ExportError) as caught:
+        verify.assert_integer(float_file, network)
+    assert str(caught.value) == (
+        "onnxruntime: all 7 layers must run as integers, got 7 in float: "
+        "stem, down, depthwise, expand, left, bounded, head; "
+        "the file is right but slow, another version of onnxruntime may fuse them"
+    )
+
+
+def test_a_file_of_another_network_is_refused(w4a4, float_file, images):
+    network, _ = w4a4
+    with pytest.raises(ExportError) as caught:
+        verify.measure_parity(network, float_file, images)
+    first = next(iter(network.activations))
+    assert str(caught.value) == (
+        f"{float_file}: must hold the tensor {first!r}, got none; compare a file with the network it was written from"
+    )
+
+
+def test_a_file_that_onnxruntime_cannot_load_is_refused(tmp_path):
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ExportError) as caught:
+        verify.open_session(path)
+    assert str(caught.value) == (
+        f"onnxruntime: it must load {path}, got '[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : "
+        f"Load model from {path} failed:Protobuf parsing failed.'; try another version of onnxruntime"
+    )
+
+
+def test_latency_is_measured_for_every_file_with_ordered_quartiles(w4a4, float_file):
+    _, path = w4a4
+    measured = latency({"fp32": float_file, "quantized": path}, (3, 16, 16), batch=2, repeats=8, warmup=1)
+    assert measured.keys() == {"fp32", "quantized"}
+    for value in measured.values():
+        assert 0 < value.lower_quartile <= value.median <= value.upper_quartile

@@ -1,0 +1,77 @@
+import pytest
+
+from reverie.report import outcome
+
+
+def test_the_headline_gives_accuracy_with_its_interval_size_and_speed(labelled):
+    assert outcome.headline(labelled) == (
+        "tiny at W4A8 reads 93.50 % of 200 labelled images right, full precision 95.00 %: -1.50 (-3.00 to +0.00) points. "
+        "The file is 6.0 times smaller; it runs 2.00 times as fast as the FP32 file in ONNX Runtime."
+    )
+
+
+def test_the_headline_without_labels_gives_agreement_and_says_that_accuracy_is_unknown(unlabelled):
+    assert outcome.headline(unlabelled).startswith(
+        "tiny at W4A8 gives the class of full precision on 96.88 % of 32 held-out synthetic images; "
+        "its accuracy is unknown without labelled ones. "
+    )
+
+
+def test_the_headline_owns_up_to_a_slower_file(labelled):
+    labelled["latency_ms"]["ratio"] = 0.8
+    assert outcome.headline(labelled).endswith("it runs at 0.80 of the speed of the FP32 file in ONNX Runtime.")
+
+
+def test_the_headline_of_what_was_not_exported_is_about_the_simulation(simulated):
+    assert outcome.headline(simulated) == (
+        "tiny at W4A8 reads 94.00 % of 200 labelled images right, full precision 95.00 %: -1.00 (-2.50 to +0.50) points. "
+        "Nothing was exported, so nothing was timed."
+    )
+
+
+def test_the_headline_without_any_images_says_so(simulated):
+    blind = simulated | {"agreement": {}, "quantized": {"top1": None}}
+    assert outcome.headline(blind) == (
+        "tiny at W4A8 was not compared with full precision, for want of images. Nothing was exported, so nothing was timed."
+    )
+
+
+def test_the_table_has_a_row_for_each_model(labelled):
+    head, rows = outcome.table(labelled)
+    assert head == [
+        "", "accuracy", "difference, points (95 %)", "agrees, synthetic", "agrees, evaluation", "size", "latency", "speed",
+    ]  # fmt: skip
+    assert rows == [
+        ["full precision", "95.00 %", "-", "-", "-", "6.0 MB", "3 ms", "1.00 x"],
+        ["fake-quantized", "94.00 %", "-1.00 (-2.50 to +0.50)", "100.00 %", "98.00 %", "900 bytes", "-", "-"],
+        ["exported (ONNX Runtime)", "93.50 %", "-1.50 (-3.00 to +0.00)", "96.88 %", "97.50 %", "1.0 MB", "1.5 ms", "2.00 x"],
+    ]
+
+
+def test_the_table_without_labels_says_so_in_every_row(unlabelled):
+    head, rows = outcome.table(unlabelled)
+    assert head == ["", "accuracy", "agrees, synthetic", "size", "latency", "speed"]
+    assert [row[1] for row in rows] == ["no labels"] * 3
+
+
+def test_the_table_of_what_was_not_exported_has_no_row_for_it(simulated):
+    _, rows = outcome.table(simulated)
+    assert [row[0] for row in rows] == ["full precision", "fake-quantized"]
+
+
+def test_the_notes_are_a_line_each(labelled):
+    labelled["float_layers"] = ["fc"]
+    assert outcome.notes(labelled) == [
+        "parity: codes of ONNX Runtime and the student at most 1 step apart (below 0.01 % differ), "
+        "same class on 99.00 % of 64 images",
+        "in float, without an integer kernel: fc",
+        "images: 66 (64 zeroq, 2 real), batch-norm distance 0.02, class coverage 0.9, feature similarity -0.015",
+        "seconds: capture 1.0, synthesize 9.0, total 10.0; peak memory 650.0 MB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(None, "-"), (0.0, "0.00 %"), (0.00004, "below 0.01 %"), (0.9967, "99.67 %"), (1.0, "100.00 %")]
+)
+def test_a_share_that_is_not_nothing_does_not_look_like_nothing(share, text):
+    assert outcome.percent(share) == text

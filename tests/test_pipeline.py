@@ -1,0 +1,243 @@
+"""The whole way, on the tiny network: what a run leaves behind, and that it can be killed and repeated."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from reverie.errors import ConfigError, ExportError, ModelError
+from reverie.export import _verify
+from reverie.export.packed import restore
+from reverie.images.store import load_images
+from reverie.models import InputContract, Network
+from reverie.pipeline import as_teacher, run, student_of
+from reverie.progress import Silent
+from reverie.recipe import from_tables, presets, read, tables, to_toml
+
+QUICK = {"images": 16, "held_out": 8, "synthesis.steps": 20, "synthesis.batch": 8}
+
+
+@pytest.fixture
+def quick():
+    return read("zeroq", QUICK | {"quantization.weight_bits": 4})
+
+
+def test_a_run_leaves_what_the_design_says_and_nothing_else(tiny_cnn, quick, tmp_path):
+    network = tiny_cnn()
+    done = run(quick, network, output=tmp_path / "run", evaluation=network.held_out())
+    names = sorted(path.name for path in done.path.iterdir() if not path.name.startswith("."))
+    assert names == [
+        "images",
+        "images.safetensors",
+        "metrics.json",
+        "network.onnx",
+        "network.safetensors",
+        "recipe.toml",
+        "report.html",
+        "run.json",
+    ]
+    metrics = json.loads((done.path / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(done.metrics))
+    for key in ("full_precision", "quantized", "exported"):
+        assert metrics[key]["top1"] > 0.9 and metrics[key]["images"] == 300
+    assert metrics["parity"]["max_code_difference"] <= 1
+    assert metrics["parity"]["top1_agreement"] == 1.0
+    assert set(metrics["bytes"]) >= {"fp32", "packed"}
+    assert metrics["bytes"]["packed"] < metrics["bytes"]["fp32"]
+    assert metrics["latency_ms"]["ratio"] == pytest.approx(metrics["latency_ms"]["fp32"] / metrics["latency_ms"]["quantized"])
+    assert set(metrics["seconds"]) == {"capture", "synthesize", "quantize", "export", "measure"}
+    assert metrics["peak_memory_bytes"] > 1e8
+    assert metrics["images"]["count"] == 16 and metrics["images"]["source"] == {"zeroq": 16}
+    assert metrics["agreement"]["synthetic"]["images"] == 8
+    assert from_tables(tomllib.loads((done.path / "recipe.toml").read_text())) == quick
+
+
+def test_without_labels_accuracy_is_unknown_and_agreement_is_given(tiny_cnn, quick, tmp_path):
+    done = run(quick, tiny_cnn(), output=tmp_path / "run")
+    assert {done.metrics[key]["top1"] for key in ("full_precision", "quantized", "exported")} == {None}
+    assert set(done.metrics["agreement"]) == {"synthetic"}
+
+
+def test_the_same_recipe_and_seed_give_the_same_bytes_and_another_seed_others(tiny_cnn, quick, tmp_path):
+    first, second = (run(quick, tiny_cnn(), output=tmp_path / name).path for name in ("first", "second"))
+    other = run(read("zeroq", QUICK | {"seed": 1, "quantization.weight_bits": 4}), tiny_cnn(), output=tmp_path / "other").path
+    for file in ("images.safetensors", "network.safetensors", "network.onnx"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+        assert (first / file).read_bytes() != (other / file).read_bytes()
+
+
+def test_a_complete_run_is_not_repeated(tiny_cnn, quick, tmp_path):
+    first = run(quick, tiny_cnn(), output=tmp_path / "run")
+    began = time.perf_counter()
+    again = run(quick, tiny_cnn(), output=tmp_path / "run")
+    assert again.metrics == json.loads(json.dumps(first.metrics))
+    assert time.perf_counter() - began < 1
+
+
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(tiny_cnn, tmp_path):
+    recipe = read("adaround", QUICK | {"reconstruction.iterations": 10})
+    whole = run(recipe, tiny_cnn(), output=tmp_path / "whole").path
+
+    class Stopped(Exception):
+        pass
+
+    class Stopping(Silent):
+        def __init__(self, after):
+            self._left = after
+
+        def advance(self, amount=1, note=""):
+            self._left -= amount
+            if self._left < 0:
+                raise Stopped
+
+    # In the first and in the second batch of images, in the held-out ones, and in the rounding.
+    for number, after in enumerate((5, 25, 50, 75)):
+        output = tmp_path / f"stopped-{number}"
+        with pytest.raises(Stopped):
+            run(recipe, tiny_cnn(), output=output, progress=Stopping(after))
+        assert not (output / "metrics.json").exists()
+        resumed = run(recipe, tiny_cnn(), output=output).path
+        for file in ("images.safetensors", "network.safetensors", "network.onnx"):
+            assert (resumed / file).read_bytes() == (whole / file).read_bytes(), (after, file)
+        assert not (resumed / "checkpoints").exists()
+
+
+def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
+    command = [sys.executable, "-m", "reverie", "quantize", "embedded:digits", "--images", "8", "--set", "held_out=4"]
+    command += ["--set", "synthesis.steps=40", "--set", "synthesis.batch=2"]
+
+    def output(name):
+        return [*command, "--output", str(tmp_path / name)]
+
+    subprocess.run(output("whole"), check=True, capture_output=True)
+    process = subprocess.Popen(output("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed/checkpoints/images").is_dir():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/metrics.json").exists()
+    subprocess.run(output("killed"), check=True, capture_output=True)
+    for file in ("images.safetensors", "network.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+def test_a_finished_run_can_be_moved_and_its_network_restored(tiny_cnn, quick, tmp_path):
+    network = tiny_cnn()
+    done = run(quick, network, output=tmp_path / "run")
+    moved = done.path.rename(tmp_path / "moved")
+    _, student = student_of(as_teacher(network).graph, quick.quantization)
+    quantized = restore(student, moved / "network.safetensors")
+    inputs = network.held_out().inputs[:32]
+    parity = _verify.measure_parity(quantized, moved / "network.onnx", inputs)
+    assert parity.max_code_difference <= 1 and parity.top1_agreement == 1.0
+
+
+def test_the_checkpoint_stores_four_bit_weights_in_four_bits(tiny_cnn, quick, tmp_path):
+    done = run(quick, tiny_cnn(), output=tmp_path / "run")
+    with safe_open(done.path / "network.safetensors", framework="pt") as file:
+        layers = json.loads(file.metadata()["layers"])
+        for layer in layers.values():
+            stored = file.get_tensor(f"{layer['weight']}.codes")
+            assert stored.dtype == torch.uint8
+            assert stored.numel() == -(-torch.Size(layer["shape"]).numel() * layer["bits"] // 8)
+    assert {layer["bits"] for layer in layers.values()} == {4, 8}
+
+
+def test_images_carry_soft_labels_and_provenance(tiny_cnn, quick, tmp_path):
+    network = tiny_cnn()
+    done = run(quick, network, output=tmp_path / "run")
+    images = load_images(done.path / "images.safetensors")
+    assert images.sources == ("zeroq",) * 16
+    with torch.no_grad():
+        assert torch.allclose(images.logits, network.module(images.inputs), atol=1e-4)
+    assert images.provenance["network"] and images.provenance["seed"] == "0" and images.provenance["recipe"] == quick.fingerprint
+
+
+def test_real_images_are_used_beside_synthetic_ones_and_alone(tiny_cnn, quick, tmp_path):
+    network = tiny_cnn()
+    real = network.held_out()
+    mixed = run(quick, tiny_cnn(), output=tmp_path / "mixed", calibration=real)
+    assert mixed.metrics["images"]["count"] == 316
+    alone = run(read("zeroq", QUICK | {"images": 0}), tiny_cnn(), output=tmp_path / "alone", calibration=real)
+    assert alone.metrics["images"]["count"] == 300
+
+
+def test_a_broken_export_is_not_called_a_success(tiny_cnn, quick, tmp_path, monkeypatch):
+    honest = _verify.measure_parity
+
+    def doubled(quantized, path, images, **options):
+        # What a wrong emitter would do: the student's grid is not the file's.
+        name = next(iter(quantized.activations))
+        quantized.activations[name].scale.mul_(2)
+        return honest(quantized, path, images, **options)
+
+    monkeypatch.setattr(_verify, "measure_parity", doubled)
+    with pytest.raises(ExportError):
+        run(quick, tiny_cnn(), output=tmp_path / "run")
+    assert not (tmp_path / "run/metrics.json").exists()
+    assert json.loads((tmp_path / "run/run.json").read_text())["complete"] is False
+
+
+def test_the_literature_placement_runs_without_export_and_refuses_one(tiny_cnn, tmp_path):
+    network = tiny_cnn()
+    settings = QUICK | {"quantization.placement": "literature"}
+    with pytest.raises(ConfigError) as caught:
+        run(read("zeroq", settings), network, output=tmp_path / "refused")
+    assert "the literature placement" in str(caught.value)
+    assert not (tmp_path / "refused").exists()
+    recipe = read("zeroq", settings | {"export.method": "none"})
+    done = run(recipe, network, output=tmp_path / "run", evaluation=network.held_out())
+    assert done.metrics["quantized"]["top1"] > 0.9
+    assert done.metrics["exported"]["top1"] is None and not (done.path / "network.onnx").exists()
+
+
+def test_a_network_without_batch_norm_is_refused_before_anything_is_made(tmp_path, quick):
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(2 * 36, 3))
+    contract = InputContract(channels=1, height=8, width=8, mean=(0.0,), std=(1.0,))
+    with pytest.raises(ModelError) as caught:
+        run(quick, Network(name="plain", module=module.eval(), input=contract, classes=3), output=tmp_path / "run")
+    assert str(caught.value).startswith("plain: zeroq needs a batch norm with running statistics, got none in the network; ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_any_channel_count_and_input_range_goes_the_whole_way(channels, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(
+            torch.nn.Conv2d(channels, 8, 3, bias=False),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.ReLU6(),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+            torch.nn.Linear(8, 5),
+        ).eval()
+    # Raw 0..255 pixels.
+    contract = InputContract(channels=channels, height=12, width=10, mean=(0.0,) * channels, std=(1 / 255,) * channels)
+    recipe = read("zeroq", {"images": 4, "held_out": 2, "synthesis.steps": 2, "synthesis.learning_rate": 10.0})
+    done = run(recipe, Network(name="raw", module=module, input=contract, classes=5), output=tmp_path / "run")
+    assert done.metrics["parity"]["max_code_difference"] <= 1
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_reads_back_as_itself(name):
+    recipe = read(name)
+    assert from_tables(tomllib.loads(to_toml(recipe))) == recipe
+    assert from_tables(tables(recipe)) == recipe
+
+
+def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    assert code.count("\n") >= 5
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert list(tmp_path.glob("runs/*/network.onnx"))
