@@ -50,4 +50,6 @@ def test_a_plug_in_imports_no_other_plug_in(pair):
 def test_an_unknown_method_is_refused_with_the_choices_and_the_nearest():
     with pytest.raises(ConfigError) as caught:
         plugins.load(rounding, "adaruond")
-    assert str(caught.value) == "unknown rounding method 'adaruond'; choose one of adaround, nearest, or did you mean 'adaround'?"
+    assert (
+        str(caught.value) == "unknown rounding method 'adaruond'; choose one of adaround, nearest, or did you mean 'adaround'?"
+    )

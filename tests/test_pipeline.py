@@ -143,7 +143,7 @@ def test_a_finished_run_can_be_moved_and_its_network_restored(tiny_cnn, quick, t
 def test_the_checkpoint_stores_four_bit_weights_in_four_bits(tiny_cnn, quick, tmp_path):
     done = run(quick, tiny_cnn(), output=tmp_path / "run")
     with safe_open(done.path / "network.safetensors", framework="pt") as file:
-        layers = json.loads(file.metadata()["layers"])
+        layers = json.loads(file.metadata()["reverie"])["layers"]
         for layer in layers.values():
             stored = file.get_tensor(f"{layer['weight']}.codes")
             assert stored.dtype == torch.uint8
@@ -158,7 +158,9 @@ def test_images_carry_soft_labels_and_provenance(tiny_cnn, quick, tmp_path):
     assert images.sources == ("zeroq",) * 16
     with torch.no_grad():
         assert torch.allclose(images.logits, network.module(images.inputs), atol=1e-4)
-    assert images.provenance["network"] and images.provenance["seed"] == "0" and images.provenance["recipe"] == quick.fingerprint
+    assert (
+        images.provenance["network"] and images.provenance["seed"] == "0" and images.provenance["recipe"] == quick.fingerprint
+    )
 
 
 def test_real_images_are_used_beside_synthetic_ones_and_alone(tiny_cnn, quick, tmp_path):

@@ -10,6 +10,7 @@ by whoever knows it, with `at`, not by the thrower.
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -38,6 +39,19 @@ def at(place: str) -> Iterator[None]:
     except ReverieError as error:
         error.args = (f"{place}: {error}",)
         raise
+
+
+def check_range(settings: object, **ranges: tuple[int | float, int | float]) -> None:
+    """Refuses the first attribute of `settings` that is not within its (smallest, largest) value, both allowed.
+
+    Raises:
+        ConfigError: Names the attribute and what it may be. Not a number is outside every range.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            allowed = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+            raise ConfigError(f"{name} must be {allowed}, got {value!r}")
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> ConfigError:

@@ -13,6 +13,7 @@ settings: a method is its own configuration, so defaults stand once, in its clas
 
 import dataclasses
 import hashlib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
@@ -23,7 +24,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from reverie import export, observers, plugins, recipes, rounding, synthesis
-from reverie.errors import ConfigError, at, unknown
+from reverie.errors import ConfigError, at, check_range, unknown
 from reverie.export import Exporter
 from reverie.graph.placement import PlacementKind
 from reverie.grid import MAX_BITS, MIN_BITS
@@ -57,9 +58,8 @@ class Quantization:
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "end_bits"):
-            if not MIN_BITS <= getattr(self, name) <= MAX_BITS:
-                raise ConfigError(f"{name} must be {MIN_BITS} to {MAX_BITS}, got {getattr(self, name)}")
+        bits = (MIN_BITS, MAX_BITS)
+        check_range(self, weight_bits=bits, activation_bits=bits, end_bits=bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,7 @@ class Recipe:
     export: Exporter | None = None
 
     def __post_init__(self) -> None:
-        for name in ("images", "held_out"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_range(self, images=(0, math.inf), held_out=(0, math.inf))
 
     @property
     def fingerprint(self) -> str:
@@ -158,7 +156,8 @@ def _utf8(path: Path) -> str:
 def from_tables(tables: dict[str, Any], overrides: dict[str, Any] | None = None) -> Recipe:
     """A recipe from the nested dictionaries of a TOML file; arguments and errors as for `read`."""
     tables = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
-    for key, value in (overrides or {}).items():
+    # Methods first, since a new one drops the settings that stand in its table.
+    for key, value in sorted((overrides or {}).items(), key=lambda item: not item[0].endswith(".method")):
         table, dot, leaf = key.partition(".")
         if not dot:
             tables[table] = value
@@ -210,6 +209,8 @@ def _hint(kind: type[Any], name: str) -> Any:
 
 
 def _valid(hint: Any, value: Any, key: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} must be finite, got {value!r}")
     try:
         return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int) or isinstance(value, bool))
     except ValidationError as error:

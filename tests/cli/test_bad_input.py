@@ -91,7 +91,13 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
         (["--weight-bits", "9"], "recipe zeroq: [quantization]: weight_bits must be 2 to 8, got 9"),
         (["--weight-bits", "1"], "recipe adaround: [quantization]: weight_bits must be 2 to 8, got 1"),
         (["--activation-bits", "16"], "recipe zeroq: [quantization]: activation_bits must be 2 to 8, got 16"),
-        (["--images", "-1"], "recipe zeroq: images must not be negative, got -1"),
+        (["--images", "-1"], "recipe zeroq: images must be at least 0, got -1"),
+        (["--set", "synthesis.batch=0"], "recipe zeroq: [synthesis]: batch must be at least 1, got 0"),
+        (["--set", "synthesis.learning_rate=nan"], "recipe zeroq: [synthesis]: learning_rate must be finite, got nan"),
+        (
+            ["--set", "weights.percentile=200", "--set", "weights.method=percentile"],
+            "recipe zeroq: [weights]: percentile must be 50 to 100, got 200.0",
+        ),
         (
             ["--images", "0"],
             "images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some",

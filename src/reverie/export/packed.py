@@ -2,8 +2,8 @@
 
 For a layer whose weight is called W in the captured graph: `W.codes` (uint8, dense packing of `grid.packing`), `W.scale`
 and `W.zero_point` (per output channel); `B.codes` (int32) for a bias B on the accumulator's grid. For a quantized tensor
-T: `T.scale`, `T.zero_point`. Everything else the graph stores stands in float under its own name. The header says, for each
-layer, shape, bits and names, and for each tensor its bits.
+T: `T.scale`, `T.zero_point`. Everything else the graph stores stands in float under its own name. The header says, for
+each layer, shape, bits and names, and for each tensor its bits, as JSON under the metadata key `reverie`.
 """
 
 import json
@@ -22,6 +22,10 @@ from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.grid import Grid
 from reverie.grid.packing import pack, unpack
 from reverie.runs import atomic_write
+
+_FORMAT = "reverie packed 1"
+# One key: safetensors writes several in an order that changes from process to process.
+_KEY = "reverie"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +60,14 @@ class Packed:
             if name not in stored and not name.startswith("activation_quantizers."):
                 tensors[name] = tensor
         header = {
-            "format": "reverie packed 1",
+            "format": _FORMAT,
             "placement": quantized.kind,
-            "layers": json.dumps(described),
-            "tensors": json.dumps({name: quantizer.grid.bits for name, quantizer in quantized.activations.items()}),
-            **(facts or {}),
+            "layers": described,
+            "tensors": {name: quantizer.grid.bits for name, quantizer in quantized.activations.items()},
+            "facts": facts or {},
         }
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        atomic_write(path, lambda aside: save_file(whole, aside, metadata=header))
+        atomic_write(path, lambda aside: save_file(whole, aside, metadata={_KEY: json.dumps(header)}))
 
 
 def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,13 +81,17 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = dict(file.metadata() or {})
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: must be a packed network, got {str(error).splitlines()[0]!r}; run `reverie quantize` again") from None
-    if header.get("format") != "reverie packed 1":
-        raise ConfigError(f"{path}: must be a packed network, got the format {header.get('format')!r}; run `reverie quantize` again")
-    header["layers"], header["tensors"] = json.loads(header["layers"]), json.loads(header["tensors"])
+        raise ConfigError(
+            f"{path}: must be a packed network, got {str(error).splitlines()[0]!r}; run `reverie quantize` again"
+        ) from None
+    header: dict[str, Any] = json.loads(metadata.get(_KEY, "{}"))
+    if header.get("format") != _FORMAT:
+        raise ConfigError(
+            f"{path}: must be a packed network, got the format {header.get('format')!r}; run `reverie quantize` again"
+        )
     for layer in header["layers"].values():
         key = f"{layer['weight']}.codes"
         tensors[key] = unpack(tensors[key], tuple(layer["shape"]), Grid(layer["bits"]))
@@ -102,7 +110,9 @@ def restore(student: Student, path: Path) -> QuantizedNetwork:
     """
     tensors, header = read_packed(path)
     if set(header["layers"]) != set(student.layers) or set(header["tensors"]) != set(student.activations):
-        raise ConfigError(f"{path}: must be of the same network and placement, got other layers; give the network that was quantized")
+        raise ConfigError(
+            f"{path}: must be of the same network and placement, got other layers; give the network that was quantized"
+        )
     for name, quantizer in student.activations.items():
         quantizer.set_qparams(tensors[f"{name}.scale"], tensors[f"{name}.zero_point"])
     for name, described in header["layers"].items():

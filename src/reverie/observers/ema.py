@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reverie.errors import check_range
 from reverie.grid import Grid
 
 
@@ -20,6 +21,9 @@ class Ema:
     """Args: momentum: Weight of the past at each batch, 0 to 1 (0.9 in all repositories of the family)."""
 
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_range(self, momentum=(0, 1))
 
     def watch(self) -> "EmaWatch":
         """A fresh memory for one tensor."""

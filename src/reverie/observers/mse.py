@@ -6,12 +6,14 @@ Both ends shrink by the same factor, over `candidates` steps (algorithms section
 power 2.4, as in BRECQ, QDrop and Genie).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reverie.errors import check_range
 from reverie.grid import Grid, affine_qparams, fake_quantize, symmetric_qparams
 from reverie.observers._sample import Sample
 
@@ -31,6 +33,9 @@ class Mse:
     candidates: int = 80
     smallest: float = 0.2
     capacity: int = 32_768
+
+    def __post_init__(self) -> None:
+        check_range(self, power=(1e-3, math.inf), candidates=(1, math.inf), smallest=(1e-3, 1), capacity=(1, math.inf))
 
     def watch(self) -> "MseWatch":
         """A fresh memory for one tensor."""

@@ -1,11 +1,13 @@
 """The range that holds a given share of the values: clips a fixed share of outliers."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reverie.errors import check_range
 from reverie.grid import Grid
 from reverie.observers._sample import Sample
 
@@ -21,6 +23,9 @@ class Percentile:
 
     percentile: float = 99.99
     capacity: int = 32_768
+
+    def __post_init__(self) -> None:
+        check_range(self, percentile=(50, 100), capacity=(1, math.inf))
 
     def watch(self) -> "PercentileWatch":
         """A fresh memory for one tensor."""

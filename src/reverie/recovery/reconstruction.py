@@ -12,6 +12,7 @@ to 20,000 iterations at learning rate 1e-3; ten times the rate reaches the same 
 logit only has to cross zero.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from reverie.checkpoints import Checkpoints
+from reverie.errors import check_range
 from reverie.graph.extract import extract
 from reverie.graph.placement import Student
 from reverie.graph.quantizers import Rounder
@@ -45,6 +47,9 @@ class Reconstruction:
     iterations: int = 500
     batch: int = 32
     learning_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_range(self, iterations=(1, math.inf), batch=(1, math.inf), learning_rate=(1e-9, math.inf))
 
 
 def round_weights(

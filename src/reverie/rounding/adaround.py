@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from reverie.errors import check_range
 from reverie.graph.quantizers import Rounder
 from reverie.grid import Grid
 
@@ -47,6 +48,9 @@ class AdaRound:
     end: float = 2.0
 
     learned: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_range(self, penalty_weight=(0, math.inf), warm_start=(0, 1), start=(1e-3, math.inf), end=(1e-3, math.inf))
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ Reference: Cai et al. 2020, arXiv:2001.00281, section 3.1 (algorithms 4.1). What
 The class term and the total variation are options that the paper does not have.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reverie.checkpoints import Checkpoints
-from reverie.errors import ModelError
+from reverie.errors import ModelError, check_range
 from reverie.graph.batch_norm import Level, Observed
 from reverie.images import Images
 from reverie.progress import Progress
@@ -63,6 +64,17 @@ class ZeroQ:
     clamp: bool = True
 
     needs_batch_norm: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_range(
+            self,
+            batch=(1, math.inf),
+            steps=(1, math.inf),
+            learning_rate=(1e-9, math.inf),
+            input_weight=(0, math.inf),
+            class_weight=(0, math.inf),
+            variation_weight=(0, math.inf),
+        )
 
     def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
         """`count` images, batch by batch; each finished batch is a checkpoint."""
