@@ -53,13 +53,16 @@ class NetworkOptions:
     resize: int | None = None
     interpolation: str | None = None
 
+    def given(self) -> dict[str, Any]:
+        """Those that were given, as JSON can hold them but for tuples."""
+        options = {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+
     def load(self, name: str) -> "Network":
         """The network `name`; only the options that were given are handed to its source."""
         from reverie import models
 
-        given = {key: value for key, value in asdict(self).items() if value is not None}
-        # Text, because run.json keeps it.
-        return models.load(name, **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+        return models.load(name, **self.given())
 
 
 NO_OPTIONS = NetworkOptions()

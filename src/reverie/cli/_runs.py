@@ -1,6 +1,5 @@
 """What commands read back from a run directory."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +24,8 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
     from reverie.runs import read_record
 
     record = read_record(run)
-    given = {
-        key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items() if value is not None
-    }
     kept = {key: tuple(value) if isinstance(value, list) else value for key, value in record["facts"]["options"].items()}
-    network = models.load(name or record["facts"]["network"], **kept | given)
+    network = models.load(name or record["facts"]["network"], **kept | options.given())
     quantized = record["identity"]["network"]
     if network.fingerprint != quantized:
         raise ConfigError(

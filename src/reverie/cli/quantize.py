@@ -65,9 +65,6 @@ def quantize(
         settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable, and wins over the flags.
         json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
     """
-    from reverie import pipeline
-    from reverie.runs import check_output
-
     name, why = _recipe_name(recipe, weight_bits, settings)
     resolved = read_recipe(
         name,
@@ -77,10 +74,15 @@ def quantize(
         quantization__weight_bits=weight_bits,
         quantization__activation_bits=activation_bits,
     )
+    from reverie.runs import check_output
+
     bits = resolved.quantization
     folder = output or Path("runs") / f"{slug(network)}-w{bits.weight_bits}a{bits.activation_bits}"
     check_output(folder)
     loaded = options.load(network)
+    # Takes half a second to import, which no wrong recipe or network should wait for.
+    from reverie import pipeline
+
     pipeline.check(resolved, loaded, calibrated=calibration is not None, device=device)
     real = None if calibration is None else _read(calibration, loaded, require_labels=False, option="--calibration")
     unseen = None if unlabelled is None else _read(unlabelled, loaded, require_labels=False, option="--unlabelled")

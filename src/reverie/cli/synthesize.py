@@ -39,13 +39,15 @@ def synthesize(
         settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable, and wins over the flags.
         json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
     """
-    from reverie import pipeline
-    from reverie.report import outcome
+    resolved = read_recipe(recipe, settings, seed=seed, images=images)
     from reverie.runs import check_output
 
-    resolved = read_recipe(recipe, settings, seed=seed, images=images)
     check_output(output)
     loaded = options.load(network)
+    # Takes half a second to import, which no wrong recipe or network should wait for.
+    from reverie import pipeline
+    from reverie.report import outcome
+
     run = pipeline.run_synthesis(resolved, loaded, output=output, device=device, progress=choose(sys.stderr, json))
     if json:
         say_json(run.metrics)
