@@ -29,8 +29,8 @@ from reverie.export import Exporter
 from reverie.graph.placement import PlacementKind
 from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.observers import Observer
-from reverie.observers.minmax import MinMax
 from reverie.observers.mse import Mse
+from reverie.observers.percentile import Percentile
 from reverie.recovery.reconstruction import Reconstruction
 from reverie.rounding import Rounding
 from reverie.rounding.nearest import Nearest
@@ -78,7 +78,7 @@ class Recipe:
     held_out: int = 32
     synthesis: Synthesis = field(default_factory=ZeroQ)
     quantization: Quantization = field(default_factory=Quantization)
-    activations: Observer = field(default_factory=MinMax)
+    activations: Observer = field(default_factory=Percentile)
     weights: Observer = field(default_factory=Mse)
     rounding: Rounding = field(default_factory=Nearest)
     reconstruction: Reconstruction = field(default_factory=Reconstruction)

@@ -3,9 +3,17 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from reverie.errors import ExportError
 from reverie.export import _verify as verify
+from reverie.export.onnx import Onnx
+from reverie.graph.capture import capture
+from reverie.graph.placement import place
+from reverie.graph.quantized import finish
+from reverie.observers.minmax import MinMax
+from reverie.progress import Silent
+from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.report.measure import latency
 
 SOUND = verify.Parity(
@@ -139,3 +147,19 @@ def test_latency_is_measured_for_every_file_with_ordered_quartiles(w4a4, float_f
     assert measured.keys() == {"fp32", "quantized"}
     for value in measured.values():
         assert 0 < value.lower_quartile <= value.median <= value.upper_quartile
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_convolution_that_writes_the_logits_is_an_integer_kernel_too(flat, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 6)] + [torch.nn.Flatten()] * flat
+    graph = capture(torch.nn.Sequential(*layers).eval(), (3, 8, 8))
+    student = place(graph, "integer", weight_bits=4, activation_bits=4, end_bits=8)
+    assert {quantizer.grid.bits for quantizer in student.activations.values()} == {8}
+    inputs = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    calibrate_activations(graph, student, inputs, MinMax(), batch=4, progress=Silent())
+    calibrate_weights(student, MinMax())
+    quantized = finish(student)
+    Onnx()(quantized, (3, 8, 8), tmp_path / "network.onnx")
+    verify.assert_integer(tmp_path / "network.onnx", quantized)

@@ -4,9 +4,10 @@ Two placements, never mixed in one table (design, decision 2).
 
 `integer`: what an integer runtime executes. On a grid are the network's input; the inputs of every convolution and
 linear layer; both operands of every add, subtraction, product and concatenation of two computed tensors; inputs of
-average pooling; and what leaves a convolution, behind the activation that clips it. A tensor that only moved (pooled by
-maximum, sliced, padded, reshaped) is on the grid it was on. Biases are int32. Ends (layers that read the network's input
-or write its output, and what the last one reads) have `end_bits`.
+average pooling; and what leaves a convolution, behind the activation that clips it. Logits that a linear layer writes stay
+in float: only linear layers have integer kernels that allow it. A tensor that only moved (pooled by maximum, sliced, padded,
+reshaped) is on the grid it was on. Biases are int32. Ends (layers that read the network's input or write its output, what
+the last one reads, and logits on a grid) have `end_bits`.
 
 `literature`: batch norm kept, weights and what follows a ReLU only, ends as low as the rest, asymmetric weights whose
 range need not hold zero, no bias quantization (algorithms 1.1, class A). It cannot be exported.
@@ -107,6 +108,9 @@ def place(
 
     end_tensors = {_origin(node).name for node in graph.graph.nodes if node.op == "placeholder"}
     end_tensors |= {_origin(arguments(layer)["input"]).name for layer in found if layer in ends}
+    output = graph.graph.output_node().args[0]
+    assert isinstance(output, fx.Node)
+    end_tensors.add(_origin(output).name)
     for node in graph.graph.nodes:
         if node not in tensors:
             continue
@@ -174,11 +178,6 @@ def _integer_tensors(graph: fx.GraphModule) -> set[fx.Node]:
             wanted.update(_origin(operand) for operand in node.all_input_nodes)
         if node.target in CONVOLUTIONS:
             wanted.add(_clipped(node))
-    output = graph.graph.output_node().args[0]
-    assert isinstance(output, fx.Node)
-    # The logits stay as they come out of the accumulator, unless something inside the network reads them too.
-    if len(output.users) == 1:
-        wanted.discard(output)
     return {node for node in wanted if node in data}
 
 

@@ -31,6 +31,9 @@ from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.rounding import Rounding
 
+# Beside the layers' codes in a checkpoint; no node of a graph is called so.
+_ERRORS = "errors before, after"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
@@ -71,8 +74,8 @@ def round_weights(
         inputs: Calibration images.
 
     Returns:
-        For each unit learned in this process, its mean squared error on the calibration images before (at the nearest
-        codes) and after. Empty for a rounding that learns nothing.
+        For each unit its mean squared error on the calibration images before (at the nearest codes) and after. Empty for a
+        rounding that learns nothing.
     """
     if not rounding.learned:
         for name in student.layers:
@@ -87,15 +90,16 @@ def round_weights(
             part = checkpoints.load(f"codes-{number}")
             if part is None:
                 sources, target = walks.at(unit)
-                errors[unit.name] = _learn(student, unit, sources, target, rounding, settings, seed.at(unit.name), step)
-                checkpoints.save(
-                    f"codes-{number}",
-                    {name: student.weights[name].final_codes(student.weights[name].codes) for name in unit.layers},
-                )
+                before, after = _learn(student, unit, sources, target, rounding, settings, seed.at(unit.name), step)
+                part = {name: student.weights[name].final_codes(student.weights[name].codes) for name in unit.layers}
+                part[_ERRORS] = torch.tensor([before, after], dtype=torch.float64)
+                checkpoints.save(f"codes-{number}", part)
             else:
-                for name, codes in part.items():
-                    student.weights[name].set_codes(codes.to(student.weights[name].scale))
+                for name in unit.layers:
+                    student.weights[name].set_codes(part[name].to(student.weights[name].scale))
                 step(settings.iterations)
+            before, after = part[_ERRORS].tolist()
+            errors[unit.name] = (before, after)
             walks.passed(unit)
     return errors
 

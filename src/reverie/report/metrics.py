@@ -44,7 +44,7 @@ def collect(
         float_file: Where the full-precision ONNX file to compare with may be written.
 
     Raises:
-        ExportError: ONNX Runtime does not compute what the student does.
+        ExportError: ONNX Runtime does not compute what the student does, or computes a layer in float.
     """
     onnx = path / "network.onnx"
     exported = onnx.is_file()
@@ -57,6 +57,7 @@ def collect(
             parity = verify.measure_parity(quantized, onnx, probes, threads=torch.get_num_threads())
             verify.assert_parity(parity)
             found["parity"] = asdict(parity)
+        verify.assert_integer(onnx, quantized)
         found["float_layers"] = verify.float_layers(onnx, quantized.layers)
     models: dict[str, Callable[[Tensor], Tensor]] = {
         "full_precision": partial(predict, teacher),
