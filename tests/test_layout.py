@@ -53,3 +53,22 @@ def test_an_unknown_method_is_refused_with_the_choices_and_the_nearest():
     assert (
         str(caught.value) == "unknown rounding method 'adaruond'; choose one of adaround, nearest, or did you mean 'adaround'?"
     )
+
+
+def test_the_map_in_the_architecture_page_is_the_real_one():
+    page = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+    tree = page.partition("src/reverie/\n")[2].partition("```")[0]
+    rooms = {line.split()[0]: line for line in tree.splitlines() if line[:2] == "  " and line[2] != " "}
+    source = Path(export.__path__[0]).parent
+    real = {path.name + "/" * path.is_dir() for path in source.iterdir() if not path.name.startswith(("_", "py.typed"))}
+    assert {name for name in rooms if name.endswith(("/", ".py"))} | {"recipes/"} == real
+    for package in (export, observers, rounding, synthesis):
+        line = rooms[package.__name__.rpartition(".")[2] + "/"]
+        listed = line.partition("plug-ins: ")[2].partition(";")[0].split(", ")
+        assert sorted(listed) == plugins.names(package)
+
+
+def test_the_readmes_test_command_is_what_ci_runs():
+    root = Path(__file__).parents[1]
+    assert "<!-- tests -->" in (root / ".ci/run").read_text()
+    assert "tools/check.py" in (root / "README.md").read_text().partition("<!-- tests -->")[2].partition("```\n\n")[0]

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from reverie.checkpoints import Folder, Forgetful
-from reverie.errors import ConfigError, ModelError
+from reverie.errors import ConfigError
 from reverie.export.packed import Packed
 from reverie.graph.capture import capture
 from reverie.graph.equalize import equalize
@@ -39,8 +39,8 @@ from reverie.recovery.reconstruction import round_weights
 from reverie.report.fidelity import describe
 from reverie.report.metrics import collect
 from reverie.report.render import render
-from reverie.runs import RunDirectory, atomic_json, atomic_text
-from reverie.synthesis import Teacher
+from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
+from reverie.synthesis import Teacher, lacks_batch_norm
 
 # Synthesis, calibration and rounding take most of the time of a run; relative costs as seen on small networks.
 _PLAN = {"synthesize": 6.0, "calibrate": 1.0, "round": 3.0, "correct biases": 1.0, "evaluate": 2.0}
@@ -68,16 +68,17 @@ def run(
     recipe: Recipe,
     network: Network,
     *,
-    output: Path | str,
+    output: Path | str | None = None,
     calibration: Images | None = None,
     evaluation: Images | None = None,
     unlabelled: Images | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Run:
-    """Quantizes `network` as `recipe` says, exports it, proves it, measures it, and writes the run directory `output`.
+    """Quantizes `network` as `recipe` says, exports it, proves it, measures it, and writes the run directory.
 
     Args:
+        output: The run directory; None means `runs/NETWORK-wNaN`. An interrupted run in it goes on, a complete one is answered.
         calibration: Real images in network input units, used beside the synthetic ones.
         evaluation: Labelled images for accuracy; nothing is tuned on them.
         unlabelled: Images for agreement.
@@ -97,7 +98,9 @@ def run(
         "evaluation": _digest(evaluation),
         "unlabelled": _digest(unlabelled),
     }
-    with RunDirectory.open(Path(output), identity) as directory:
+    bits = recipe.quantization
+    folder = Path(output or default_output(network.name, bits.weight_bits, bits.activation_bits))
+    with RunDirectory.open(folder, identity) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         progress.plan(_PLAN)
@@ -150,7 +153,9 @@ def run_synthesis(
         raise ConfigError("images must be at least 1, got 0")
     check(recipe, network, calibrated=False, device=device)
     identity = {"recipe": recipe.fingerprint, "network": network.fingerprint, "only": "images"}
-    with RunDirectory.open(Path(output), identity) as directory:
+    bits = recipe.quantization
+    folder = Path(output or default_output(network.name, bits.weight_bits, bits.activation_bits))
+    with RunDirectory.open(folder, identity) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         stages = _Stages(directory)
@@ -187,10 +192,7 @@ def check(recipe: Recipe, network: Network, *, calibrated: bool, device: str) ->
     has_norm = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in network.module.modules())
     if synthesizes and recipe.synthesis.needs_batch_norm and not has_norm:
         method = type(recipe.synthesis).__module__.rpartition(".")[2]
-        raise ModelError(
-            f"{network.name}: {method} needs a batch norm with running statistics, got none in the network; "
-            "use --calibration with a folder of images and --images 0 --set held_out=0, or --set synthesis.method=noise as a baseline"
-        )
+        raise lacks_batch_norm(network.name, method)
 
 
 def as_teacher(network: Network, device: str = "cpu") -> Teacher:

@@ -3,6 +3,7 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -11,9 +12,10 @@ from tests.cli.conftest import SHAPE, TINY
 import reverie
 from reverie import plugins, recipe
 from reverie.cli import app, main
-from reverie.cli._options import as_overrides, slug
+from reverie.cli._options import as_overrides
 from reverie.cli.methods import methods_of
 from reverie.images.store import save_images
+from reverie.runs import default_output
 
 COMMANDS = ["evaluate", "export", "inspect", "methods", "quantize", "recipe", "synthesize"]
 
@@ -185,7 +187,7 @@ def test_set_reads_toml_literals_and_bare_words(setting, expected):
     ],
 )
 def test_the_default_output_is_named_after_the_network(network, expected):
-    assert slug(network) == expected
+    assert default_output(network, 4, 8) == Path("runs", f"{expected}-w4a8")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

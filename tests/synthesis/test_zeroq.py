@@ -92,6 +92,6 @@ def test_a_network_without_batch_norm_is_refused():
     with pytest.raises(ModelError) as caught:
         made(ZeroQ(), teacher)
     assert str(caught.value) == (
-        "plain: zeroq needs a batch norm with running statistics, got none in the network; "
-        "use --calibration with a folder of images, or --synthesis noise as a baseline"
+        "plain: zeroq needs a batch norm with running statistics, got none in the network; use --calibration with a folder of "
+        "images and --images 0 --set held_out=0, or --set synthesis.method=noise as a baseline"
     )

@@ -92,10 +92,3 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def slug(network: str) -> str:
-    """A network's name as the name of a folder: `embedded-digits`, `nets-resnet20` for `path/to/nets.py:resnet20`."""
-    if network.rpartition(":")[0].endswith(".py"):
-        network = Path(network).name.replace(".py:", "-")
-    return re.sub(r"[^A-Za-z0-9._]+", "-", network).strip("-.")

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, as_overrides, read_recipe, slug
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, as_overrides, read_recipe
 from reverie.cli._output import say, say_json, say_table
 from reverie.errors import ConfigError, at
 from reverie.progress import choose
@@ -74,10 +74,10 @@ def quantize(
         quantization__weight_bits=weight_bits,
         quantization__activation_bits=activation_bits,
     )
-    from reverie.runs import check_output
+    from reverie.runs import check_output, default_output
 
     bits = resolved.quantization
-    folder = output or Path("runs") / f"{slug(network)}-w{bits.weight_bits}a{bits.activation_bits}"
+    folder = output or default_output(network, bits.weight_bits, bits.activation_bits)
     check_output(folder)
     loaded = options.load(network)
     # Takes half a second to import, which no wrong recipe or network should wait for.

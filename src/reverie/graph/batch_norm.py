@@ -10,6 +10,7 @@ of mean and variance is added to that of the normalization where that one is com
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,15 @@ class BatchNorm:
     tensor: str
     mean: Float[Tensor, " channels"]
     variance: Float[Tensor, " channels"]
+
+    @cached_property
+    def deviation(self) -> Float[Tensor, " channels"]:
+        """Running standard deviation, as a unit to measure in.
+
+        A channel whose running variance is (almost) zero is dead: it gets the smallest deviation that float32 can tell from
+        zero beside a typical one of the layer, and not none.
+        """
+        return torch.maximum(self.variance, 1e-6 * self.variance.mean() + 1e-12).sqrt()
 
 
 @dataclass(frozen=True)

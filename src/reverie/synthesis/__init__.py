@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, fx
 
 from reverie.checkpoints import Checkpoints
+from reverie.errors import ModelError
 from reverie.graph.batch_norm import BatchNorm, batch_norms
 from reverie.images import Images
 from reverie.images.contract import InputContract
@@ -71,6 +72,14 @@ class Synthesis(Protocol):
             ModelError: The network lacks what the method reads.
         """
         ...
+
+
+def lacks_batch_norm(network: str, method: str) -> ModelError:
+    """The error for a network without batch norms given to a method that reads them."""
+    return ModelError(
+        f"{network}: {method} needs a batch norm with running statistics, got none in the network; "
+        "use --calibration with a folder of images and --images 0 --set held_out=0, or --set synthesis.method=noise as a baseline"
+    )
 
 
 def batches(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -8,17 +8,12 @@ from reverie.graph.batch_norm import BatchNorm, Statistics
 
 
 def matching_loss(statistics: Statistics, norms: list[BatchNorm]) -> Float[Tensor, ""]:
-    """Squared deviation from the running mean and standard deviation in units of the latter, averaged over everything.
-
-    Channels whose running variance is (almost) zero are dead: they count against the smallest deviation that float32
-    can tell from zero beside a typical one of the layer, not against nothing.
-    """
+    """Squared deviation from the running mean and standard deviation in units of the latter, averaged over everything."""
     terms = []
     for mean, variance, norm in zip(statistics.mean, statistics.variance, norms, strict=True):
-        sigma = norm.variance.clamp(min=1e-6 * float(norm.variance.mean()) + 1e-12).sqrt()
         # The square root has no slope at 0, where a constant channel sits.
         deviation = (variance + 1e-12).sqrt()
-        terms.append((((mean - norm.mean) / sigma).square() + (deviation / sigma - 1).square()).mean())
+        terms.append((((mean - norm.mean) / norm.deviation).square() + (deviation / norm.deviation - 1).square()).mean())
     return torch.stack(terms).mean()
 
 

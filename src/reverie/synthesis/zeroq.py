@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from reverie.checkpoints import Checkpoints
-from reverie.errors import ModelError, check_range
+from reverie.errors import check_range
 from reverie.graph.batch_norm import Level, Observed
 from reverie.images import Images
 from reverie.progress import Progress
 from reverie.randomness import Seed
-from reverie.synthesis import Teacher, batches
+from reverie.synthesis import Teacher, batches, lacks_batch_norm
 from reverie.synthesis._losses import matching_loss, total_variation
 
 
@@ -79,10 +79,7 @@ class ZeroQ:
     def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
         """`count` images, batch by batch; each finished batch is a checkpoint."""
         if not teacher.batch_norms:
-            raise ModelError(
-                f"{teacher.name}: zeroq needs a batch norm with running statistics, got none in the network; "
-                "use --calibration with a folder of images, or --set synthesis.method=noise as a baseline"
-            )
+            raise lacks_batch_norm(teacher.name, "zeroq")
         observed = Observed(teacher.graph, self.level)
         inputs, labels = [], []
         with progress.stage("synthesize", total=self.steps * -(-count // self.batch)) as step:
