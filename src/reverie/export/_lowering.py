@@ -31,7 +31,7 @@ from reverie.graph.operators import (
     PASS_THROUGH,
     arguments,
     aten,
-    attribute,
+    clipping_bounds,
     constant,
     set_attribute,
 )
@@ -188,7 +188,7 @@ def _absorb_clipping(graph: fx.GraphModule, call: fx.Node) -> None:
     low = torch.tensor(quantizer.grid.quant_min, dtype=torch.uint8)
     high = torch.tensor(quantizer.grid.quant_max, dtype=torch.uint8)
     clipped = source.target in CLIPPING and len(source.users) == 1 and all(map(constant, source.all_input_nodes[1:]))
-    for bound, below in _bounds(graph, source) if clipped else ():
+    for bound, below in clipping_bounds(graph, source) if clipped else ():
         code = quantize(bound, scale, zero_point, quantizer.grid).to(torch.uint8)
         low, high = (torch.maximum(low, code), high) if below else (low, torch.minimum(high, code))
     if clipped:
@@ -204,24 +204,6 @@ def _absorb_clipping(graph: fx.GraphModule, call: fx.Node) -> None:
         through = graph.graph.call_function(torch.ops.reverie.through_codes.default, (source, *read, name))
     call.replace_all_uses_with(through)
     graph.graph.erase_node(call)
-
-
-def _bounds(graph: fx.GraphModule, clipping: fx.Node) -> list[tuple[Tensor, bool]]:
-    """The bounds of a clipping activation, each with whether it bounds from below."""
-    if clipping.target is aten.relu.default:
-        return [(torch.tensor(0.0), True)]
-    if clipping.target is aten.relu6.default:
-        return [(torch.tensor(0.0), True), (torch.tensor(6.0), False)]
-    named = arguments(clipping)
-    keys = ("min_val", "max_val") if clipping.target is aten.hardtanh.default else ("min", "max")
-    found = []
-    for key, below in zip(keys, (True, False), strict=True):
-        value = named[key]
-        if isinstance(value, fx.Node):
-            value = attribute(graph, value)
-        if value is not None:
-            found.append((torch.as_tensor(value, dtype=torch.float32), below))
-    return found
 
 
 def _repeat_behind_movers(graph: fx.GraphModule) -> None:

@@ -123,3 +123,21 @@ def layers(graph: fx.GraphModule) -> list[fx.Node]:
         for node in graph.graph.nodes
         if node.op == "call_function" and node.target in LAYERS and constant(arguments(node)["weight"])
     ]
+
+
+def clipping_bounds(graph: fx.GraphModule, clipping: fx.Node) -> list[tuple[Tensor, bool]]:
+    """The bounds of a clipping activation, each with whether it bounds from below."""
+    if clipping.target is aten.relu.default:
+        return [(torch.tensor(0.0), True)]
+    if clipping.target is aten.relu6.default:
+        return [(torch.tensor(0.0), True), (torch.tensor(6.0), False)]
+    named = arguments(clipping)
+    keys = ("min_val", "max_val") if clipping.target is aten.hardtanh.default else ("min", "max")
+    found = []
+    for key, below in zip(keys, (True, False), strict=True):
+        value = named[key]
+        if isinstance(value, fx.Node):
+            value = attribute(graph, value)
+        if value is not None:
+            found.append((torch.as_tensor(value, dtype=torch.float32), below))
+    return found

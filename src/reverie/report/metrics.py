@@ -1,6 +1,6 @@
 """The numbers of a run, gathered: what `metrics.json` holds beside the images and the times.
 
-Full precision is the captured network, `quantized` the fake-quantized student, `exported` the file in ONNX Runtime; all
+Full precision is the captured network, `quantized` the student executed on codes, `exported` the file in ONNX Runtime; all
 three see the same images in the same order.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from reverie.export import _verify as verify
 from reverie.export.onnx import export_float
+from reverie.graph.integer import as_integers
 from reverie.graph.quantized import QuantizedNetwork
 from reverie.images import Images
 from reverie.progress import Progress
@@ -61,7 +62,7 @@ def collect(
         found["float_layers"] = verify.float_layers(onnx, quantized.layers)
     models: dict[str, Callable[[Tensor], Tensor]] = {
         "full_precision": partial(predict, teacher),
-        "quantized": partial(predict, quantized.graph),
+        "quantized": partial(predict, as_integers(quantized)),
     }
     if exported:
         models["exported"] = partial(verify.predict, session, batch=BATCH)
