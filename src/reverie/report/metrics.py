@@ -24,7 +24,7 @@ from reverie.report.measure import accuracy, agreement, latency, paired_interval
 
 # Codes of every tensor are compared on so many images; more would only repeat the same arithmetic.
 _PARITY_IMAGES = 64
-BATCH = 128
+BATCH = 64
 
 
 def collect(

@@ -54,7 +54,7 @@ class ZeroQ:
         clamp: Keep pixels valid (between black and white) after each step.
     """
 
-    batch: int = 64
+    batch: int = 32
     steps: int = 200
     learning_rate: float = 0.1
     level: Level = "batch"
