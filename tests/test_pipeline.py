@@ -6,15 +6,17 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from reverie import runs
 from reverie.errors import ConfigError, ExportError, ModelError
 from reverie.export import _verify
-from reverie.export.packed import restore
+from reverie.export._packed import restore
 from reverie.images.store import load_images
 from reverie.models import InputContract, Network
 from reverie.pipeline import as_teacher, run, student_of
@@ -109,6 +111,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(tiny_cnn, tmp_path):
         assert not (resumed / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     command = [sys.executable, "-m", "reverie", "quantize", "embedded:digits", "--images", "8", "--set", "held_out=4"]
     command += ["--set", "synthesis.steps=40", "--set", "synthesis.batch=2"]
@@ -127,6 +130,35 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     subprocess.run(output("killed"), check=True, capture_output=True)
     for file in ("images.safetensors", "network.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+def test_a_run_killed_while_it_completes_is_complete(tiny_cnn, quick, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def killed(path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_delete_checkpoints", killed)
+        with pytest.raises(Killed):
+            run(quick, tiny_cnn(), output=tmp_path / "run")
+    assert (tmp_path / "run/checkpoints").is_dir()
+    again = run(quick, tiny_cnn(), output=tmp_path / "run")
+    assert again.metrics["exported"] and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_another_contract_or_other_labels_are_another_run(tiny_cnn, quick, tmp_path):
+    network = tiny_cnn()
+    labelled = network.held_out()
+    run(quick, network, output=tmp_path / "run", evaluation=labelled)
+    brighter = replace(network, input=replace(network.input, mean=(0.4, 0.4, 0.4)))
+    with pytest.raises(ConfigError) as caught:
+        run(quick, brighter, output=tmp_path / "run", evaluation=labelled)
+    assert "got one with input " in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        run(quick, network, output=tmp_path / "run", evaluation=replace(labelled, labels=labelled.labels.flip(0)))
+    assert "got one with evaluation " in str(caught.value)
 
 
 def test_a_finished_run_can_be_moved_and_its_network_restored(tiny_cnn, quick, tmp_path):
@@ -168,8 +200,13 @@ def test_real_images_are_used_beside_synthetic_ones_and_alone(tiny_cnn, quick, t
     real = network.held_out()
     mixed = run(quick, tiny_cnn(), output=tmp_path / "mixed", calibration=real)
     assert mixed.metrics["images"]["count"] == 316
-    alone = run(read("zeroq", QUICK | {"images": 0}), tiny_cnn(), output=tmp_path / "alone", calibration=real)
-    assert alone.metrics["images"]["count"] == 300
+    assert mixed.metrics["images"]["source"] == {"zeroq": 16, "real": 300}
+    settings = QUICK | {"images": 0, "held_out": 0}
+    alone = run(read("zeroq", settings), tiny_cnn(), output=tmp_path / "alone", calibration=real)
+    assert alone.metrics["images"]["source"] == {"real": 300}
+    # With nothing else to look at, parity is proven on the calibration images, and the report says which they are.
+    assert alone.metrics["parity"]["images"] == 64
+    assert set(alone.metrics["agreement"]) == {"calibration"}
 
 
 def test_a_broken_export_is_not_called_a_success(tiny_cnn, quick, tmp_path, monkeypatch):
@@ -184,7 +221,7 @@ def test_a_broken_export_is_not_called_a_success(tiny_cnn, quick, tmp_path, monk
     monkeypatch.setattr(_verify, "measure_parity", doubled)
     with pytest.raises(ExportError):
         run(quick, tiny_cnn(), output=tmp_path / "run")
-    assert not (tmp_path / "run/metrics.json").exists()
+    assert not (tmp_path / "run/metrics.json").exists() and not (tmp_path / "run/network.onnx").exists()
     assert json.loads((tmp_path / "run/run.json").read_text())["complete"] is False
 
 

@@ -6,6 +6,7 @@ Each stage is a function of what came before; what takes long keeps checkpoints,
 where a killed run stopped and ends with the same bytes.
 """
 
+import copy
 import hashlib
 import json
 import resource
@@ -21,7 +22,7 @@ from torch import fx
 
 from reverie.checkpoints import Folder, Forgetful
 from reverie.errors import ConfigError
-from reverie.export.packed import Packed
+from reverie.export._packed import write_packed
 from reverie.graph.capture import capture
 from reverie.graph.equalize import equalize
 from reverie.graph.fold import fold_batch_norms
@@ -42,8 +43,7 @@ from reverie.report.render import render
 from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
 from reverie.synthesis import Teacher, lacks_batch_norm
 
-# Synthesis, calibration and rounding take most of the time of a run; relative costs as seen on small networks.
-_PLAN = {"synthesize": 6.0, "calibrate": 1.0, "round": 3.0, "correct biases": 1.0, "evaluate": 2.0}
+_IMAGE_SETS = ("images", "held-out")
 
 
 @dataclass(frozen=True)
@@ -91,53 +91,59 @@ def run(
     """
     progress = Silent() if progress is None else progress
     check(recipe, network, calibrated=calibration is not None, device=device)
-    identity = {
-        "recipe": recipe.fingerprint,
-        "network": network.fingerprint,
-        "calibration": _digest(calibration),
-        "evaluation": _digest(evaluation),
-        "unlabelled": _digest(unlabelled),
-    }
+    sets = {"calibration": calibration, "evaluation": evaluation, "unlabelled": unlabelled}
     bits = recipe.quantization
     folder = Path(output or default_output(network.name, bits.weight_bits, bits.activation_bits))
-    with RunDirectory.open(folder, identity) as directory:
+    with _working_in(folder, recipe, network, device, {name: _digest(part) for name, part in sets.items()}) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
-        progress.plan(_PLAN)
-        stages = _Stages(directory)
-        atomic_text(directory.path / "recipe.toml", to_toml(recipe))
-        directory.note(network=network.name, options=network.options, seed=recipe.seed, device=device)
-
-        with stages.timed("capture"):
+        progress.plan(_plan(recipe))
+        with _timed(directory, "capture"):
             teacher = as_teacher(network, device)
-        with stages.timed("synthesize"):
+        with _timed(directory, "synthesize"):
             images = _images(recipe, teacher, directory, "images", progress)
             held_out = _images(recipe, teacher, directory, "held-out", progress)
-            write_images(images, teacher, directory.path)
-        everything = Images.concatenate([part for part in (images, calibration) if part is not None])
+            if images is not None:
+                write_images(images, teacher, directory.path, limit=32)
+        parts = {_method(recipe): images, "real": calibration}
+        used = {name: part for name, part in parts.items() if part is not None}
+        everything = Images.concatenate(list(used.values()))
 
-        with stages.timed("quantize"):
+        with _timed(directory, "quantize"):
             reference, quantized, errors = quantize(recipe, teacher, everything, directory, progress)
-        with stages.timed("export"):
+        with _timed(directory, "export"):
             facts = {"reverie.network": network.name, "reverie.recipe": recipe.fingerprint}
-            Packed()(quantized, network.input.shape, directory.path / "network.safetensors", facts=facts)
-            if recipe.export is not None:
-                recipe.export(quantized, network.input.shape, directory.path / "network.onnx", facts=facts)
-        metrics: dict[str, Any] = {
-            "network": {"name": network.name, "fingerprint": network.fingerprint, "classes": network.classes},
+            packed = directory.path / "network.safetensors"
+            write_packed(quantized, packed, facts=facts)
+            # It gets its name when it is proven.
+            unproven = None if recipe.export is None else directory.checkpoint("network.onnx")
+            if recipe.export is not None and unproven is not None:
+                recipe.export(quantized, network.input.shape, unproven, facts=facts)
+        with _timed(directory, "measure"):
+            known = {"synthetic": held_out, "unlabelled": unlabelled, "evaluation": evaluation}
+            seen = {name: part for name, part in known.items() if part is not None and len(part)}
+            measured = collect(
+                teacher.graph,
+                reference,
+                quantized,
+                network.input.shape,
+                seen or {"calibration": everything},
+                onnx=unproven,
+                packed=packed,
+                float_file=directory.checkpoint("float.onnx"),
+                progress=progress,
+            )
+            if unproven is not None:
+                unproven.replace(directory.path / "network.onnx")
+            about = _about(everything, teacher, {name: len(part) for name, part in used.items()})
+        metrics = {
+            **_facts(network),
             "quantization": asdict(recipe.quantization),
             "rounding_errors": {name: {"before": before, "after": after} for name, (before, after) in errors.items()},
+            **measured,
+            "images": about,
+            **_cost(directory, device),
         }
-        with stages.timed("measure"):
-            sets = {"synthetic": held_out, "unlabelled": unlabelled, "evaluation": evaluation}
-            known = {name: part for name, part in sets.items() if part is not None and len(part)}
-            float_file = directory.checkpoint("float.onnx")
-            metrics |= collect(
-                teacher.graph, reference, quantized, network.input.shape, known, directory.path, float_file, progress
-            )
-            metrics["images"] = _about(everything, teacher)
-        metrics["seconds"] = stages.seconds
-        metrics["peak_memory_bytes"] = peak_memory(device)
         atomic_json(directory.path / "metrics.json", metrics)
         atomic_text(directory.path / "report.html", render(metrics, recipe, directory.record, directory.path))
         directory.complete()
@@ -152,30 +158,41 @@ def run_synthesis(
     if recipe.images == 0:
         raise ConfigError("images must be at least 1, got 0")
     check(recipe, network, calibrated=False, device=device)
-    identity = {"recipe": recipe.fingerprint, "network": network.fingerprint, "only": "images"}
-    bits = recipe.quantization
-    folder = Path(output or default_output(network.name, bits.weight_bits, bits.activation_bits))
-    with RunDirectory.open(folder, identity) as directory:
+    with _working_in(Path(output), recipe, network, device, {"only": "images"}) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
-        stages = _Stages(directory)
-        atomic_text(directory.path / "recipe.toml", to_toml(recipe))
-        directory.note(network=network.name, options=network.options, seed=recipe.seed, device=device)
-        with stages.timed("capture"):
+        with _timed(directory, "capture"):
             teacher = as_teacher(network, device)
-        with stages.timed("synthesize"):
+        with _timed(directory, "synthesize"):
             images = _images(recipe, teacher, directory, "images", progress)
             assert images is not None
-            write_images(images, teacher, directory.path)
-        metrics = {
-            "network": {"name": network.name, "fingerprint": network.fingerprint, "classes": network.classes},
-            "images": _about(images, teacher),
-            "seconds": stages.seconds,
-            "peak_memory_bytes": peak_memory(device),
-        }
+            write_images(images, teacher, directory.path, limit=None)
+        about = _about(images, teacher, {_method(recipe): len(images)})
+        metrics = {**_facts(network), "images": about, **_cost(directory, device)}
         atomic_json(directory.path / "metrics.json", metrics)
         directory.complete()
         return Run(directory.path, metrics)
+
+
+@contextmanager
+def _working_in(folder: Path, recipe: Recipe, network: Network, device: str, more: dict[str, str]) -> Iterator[RunDirectory]:
+    """The run directory, opened for this recipe and network (and what `more` identifies), its recipe and facts written."""
+    contract = hashlib.sha256(repr((network.input, network.classes)).encode()).hexdigest()[:16]
+    identity = {"recipe": recipe.fingerprint, "network": network.fingerprint, "input": contract} | more
+    with RunDirectory.open(folder, identity) as directory:
+        atomic_text(directory.path / "recipe.toml", to_toml(recipe))
+        directory.note(network=network.name, options=network.options, seed=recipe.seed, device=device)
+        yield directory
+
+
+def _plan(recipe: Recipe) -> dict[str, float]:
+    """The stages that take time, with relative costs as seen on small networks."""
+    plan = {"synthesize": 6.0, "calibrate": 0.5}
+    if recipe.rounding.learned:
+        plan["round"] = 6.0
+    if recipe.quantization.bias_correction:
+        plan["correct biases"] = 0.5
+    return plan | {"evaluate": 2.0}
 
 
 def check(recipe: Recipe, network: Network, *, calibrated: bool, device: str) -> None:
@@ -189,23 +206,30 @@ def check(recipe: Recipe, network: Network, *, calibrated: bool, device: str) ->
             f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
         )
     synthesizes = recipe.images > 0 or recipe.held_out > 0
-    has_norm = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in network.module.modules())
-    if synthesizes and recipe.synthesis.needs_batch_norm and not has_norm:
-        method = type(recipe.synthesis).__module__.rpartition(".")[2]
-        raise lacks_batch_norm(network.name, method)
+    # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
+    if synthesizes and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
+        raise lacks_batch_norm(network.name, _method(recipe))
 
 
 def as_teacher(network: Network, device: str = "cpu") -> Teacher:
     """The captured full-precision network, on `device`."""
-    graph = capture(network.module, network.input.shape, name=network.name).to(device)
-    return Teacher(graph, network.input, network.classes, network.name)
+    here = next((tensor.device for tensor in network.module.state_dict().values()), torch.device("cpu"))
+    # Moved before it is captured: a tensor that forward makes on the weights' device is a constant of the graph.
+    module = network.module if here == torch.device(device) else copy.deepcopy(network.module).to(device)
+    graph = capture(module, network.input.shape, name=network.name)
+    return Teacher(graph, network.input, network.classes, network.name, network.fingerprint)
 
 
 def synthesize(recipe: Recipe, teacher: Teacher, count: int, *, seed: Seed, folder: Path | None, progress: Progress) -> Images:
     """`count` images by the recipe's method, with the teacher's answers and their provenance."""
     checkpoints = Forgetful() if folder is None else Folder(folder)
     images = recipe.synthesis(teacher, count, seed=seed, checkpoints=checkpoints, progress=progress)
-    provenance = {"recipe": recipe.fingerprint, "seed": str(recipe.seed), "network": teacher.name}
+    provenance = {
+        "method": _method(recipe),
+        "recipe": recipe.fingerprint,
+        "seed": str(recipe.seed),
+        "network": f"{teacher.name} {teacher.fingerprint}",
+    }
     return Images(
         inputs=images.inputs,
         labels=images.labels,
@@ -215,12 +239,10 @@ def synthesize(recipe: Recipe, teacher: Teacher, count: int, *, seed: Seed, fold
     )
 
 
-def write_images(images: Images | None, teacher: Teacher, path: Path) -> None:
-    """The first 32 images as PNG and a contact sheet of the first 64, below `path`."""
-    if images is None:
-        return
+def write_images(images: Images, teacher: Teacher, path: Path, *, limit: int | None) -> None:
+    """The first `limit` images (None: all) as PNG and a contact sheet of the first 64, in the folder `images` below `path`."""
     (path / "images").mkdir(exist_ok=True)
-    save_pngs(images, teacher.input, path / "images", limit=32)
+    save_pngs(images, teacher.input, path / "images", limit=limit)
     contact_sheet(images, teacher.input, path / "images" / "contact_sheet.png", columns=8, limit=64)
 
 
@@ -266,7 +288,7 @@ def _images(recipe: Recipe, teacher: Teacher, directory: RunDirectory, name: str
     if not count:
         return None
     file = directory.path / "images.safetensors" if name == "images" else directory.checkpoint("held-out.safetensors")
-    if directory.done(name):
+    if directory.done(name) and file.is_file():
         return load_images(file)
     began = time.perf_counter()
     folder = directory.checkpoint(name)
@@ -278,20 +300,12 @@ def _images(recipe: Recipe, teacher: Teacher, directory: RunDirectory, name: str
     return images
 
 
-class _Stages:
-    """Seconds by stage, kept in the run's record as well."""
-
-    def __init__(self, directory: RunDirectory) -> None:
-        self._directory = directory
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Times what happens inside."""
-        began = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - began
-        self._directory.finish(stage, self.seconds[stage])
+@contextmanager
+def _timed(directory: RunDirectory, stage: str) -> Iterator[None]:
+    """Records how long what happens inside takes."""
+    began = time.perf_counter()
+    yield
+    directory.finish(stage, time.perf_counter() - began)
 
 
 def _check_device(device: str) -> None:
@@ -302,23 +316,34 @@ def _check_device(device: str) -> None:
         raise ConfigError(f"device must be one that PyTorch can use here, got {device!r}; use 'cpu'") from error
 
 
-def _about(images: Images, teacher: Teacher) -> dict[str, Any]:
-    return {"count": len(images), "source": _sources(images), "diversity": describe(teacher, images)}
+def _facts(network: Network) -> dict[str, Any]:
+    return {"network": {"name": network.name, "fingerprint": network.fingerprint, "classes": network.classes}}
 
 
-def _sources(images: Images) -> dict[str, int]:
-    """How many images each method made; real ones count as `real`."""
-    found: dict[str, int] = {}
-    for source in images.sources:
-        kind = "real" if "." in source or "/" in source else source
-        found[kind] = found.get(kind, 0) + 1
-    return found
+def _about(images: Images, teacher: Teacher, source: dict[str, int]) -> dict[str, Any]:
+    return {"count": len(images), "source": source, "diversity": describe(teacher, images)}
+
+
+def _cost(directory: RunDirectory, device: str) -> dict[str, Any]:
+    """Seconds by stage, of all processes that worked on the run, and this one's peak memory."""
+    # The two sets of images are parts of the stage that makes them.
+    stages = {name: facts["seconds"] for name, facts in directory.record["stages"].items() if name not in _IMAGE_SETS}
+    return {"seconds": stages, "peak_memory_bytes": peak_memory(device)}
+
+
+def _method(recipe: Recipe) -> str:
+    """The name of the recipe's synthesis method."""
+    return type(recipe.synthesis).__module__.rpartition(".")[2]
 
 
 def _digest(images: Images | None) -> str:
+    """What tells two sets of images apart, labels included."""
     if images is None:
         return "none"
-    return hashlib.sha256(images.inputs.numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(images.inputs.contiguous().numpy().data)
+    if images.labels is not None:
+        digest.update(images.labels.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def peak_memory(device: str) -> int:

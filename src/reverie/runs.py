@@ -108,12 +108,15 @@ def check_output(path: Path) -> None:
     """Refuses a place that no run can be written to; writes nothing.
 
     Raises:
-        ConfigError: `path` is a file, or holds something else than a run.
+        ConfigError: `path` is a file, holds something else than a run, or cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: must be a folder, got a file; choose another --output")
     if path.is_dir() and _is_foreign(path):
         raise ConfigError(f"{path}: must be empty or hold a run, got other files in it; choose another --output")
+    nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"{path}: must be writable, got no permission to write in {nearest}; choose another --output")
 
 
 class RunDirectory:
@@ -150,6 +153,8 @@ class RunDirectory:
             record = _resumed(path, identity) if (path / "run.json").exists() else _new_record(identity)
             for leftover in path.rglob(_ASIDE):
                 leftover.unlink()
+            if record["complete"]:
+                _delete_checkpoints(path)
             # Not only a record: the first file written shows at once whether the folder can be written.
             atomic_json(path / "run.json", record)
         except BaseException:
@@ -179,8 +184,9 @@ class RunDirectory:
         return stage in self.record["stages"]
 
     def finish(self, stage: str, seconds: float) -> None:
-        """Records that `stage` is done and took `seconds`."""
-        self.record["stages"][stage] = {"seconds": round(seconds, 3)}
+        """Records that `stage` is done and took `seconds` in this process, on top of what it took in earlier ones."""
+        before = self.record["stages"].get(stage, {"seconds": 0.0})["seconds"]
+        self.record["stages"][stage] = {"seconds": round(before + seconds, 3)}
         self._save()
 
     def note(self, **facts: Any) -> None:
@@ -196,13 +202,18 @@ class RunDirectory:
 
     def complete(self) -> None:
         """Records that every stage is done, and deletes the checkpoints, which nothing needs now."""
-        if (self.path / "checkpoints").exists():
-            shutil.rmtree(self.path / "checkpoints")
+        # In this order: a run that is killed in between is complete and has leftovers, which `open` deletes.
         self.record["complete"] = True
         self._save()
+        _delete_checkpoints(self.path)
 
     def _save(self) -> None:
         atomic_json(self.path / "run.json", self.record)
+
+
+def _delete_checkpoints(path: Path) -> None:
+    if (path / "checkpoints").exists():
+        shutil.rmtree(path / "checkpoints")
 
 
 def environment() -> dict[str, str | int]:

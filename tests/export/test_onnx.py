@@ -58,6 +58,36 @@ def test_resnet20_runs_as_integers_and_loses_nothing_on_the_way_to_the_file(asse
     assert path.stat().st_size < 0.2 * float_path.stat().st_size
 
 
+class Twice(nn.Module):
+    """Applies one convolution twice; `side_by_side` to the same tensor, else to its own result."""
+
+    def __init__(self, side_by_side):
+        super().__init__()
+        self.stem, self.shared = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+        self.side_by_side = side_by_side
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        first = torch.relu(self.shared(x))
+        second = torch.relu(self.shared(x if self.side_by_side else first))
+        return self.head((first + second if self.side_by_side else second).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [(8, 8, 8), W4A8], ids=str)
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_convolution_that_is_applied_twice_is_two_integer_layers(bits, side_by_side, quantizer, images, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(Twice(side_by_side).eval(), SHAPE)
+    network, path = quantizer(graph, images, *bits), tmp_path / "network.onnx"
+    Onnx()(network, SHAPE, path)
+    assert len(network.layers) == 4
+    verify.assert_integer(path, network)
+    assert verify.kernels(path)["QLinearConv"] == 3
+    verify.assert_parity(verify.measure_parity(network, path, images))
+
+
 @pytest.mark.parametrize(
     ("bits", "kind", "per_byte"), [(BITS[4], "INT4", 2), (W4A8, "INT4", 2), (BITS[5], "INT8", 1), (BITS[0], "INT8", 1)]
 )

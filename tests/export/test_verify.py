@@ -24,7 +24,7 @@ SOUND = verify.Parity(
     untied_disagreements=1,
     max_logit_difference=0.5,
     images=100,
-    per_tensor={"stem": verify.TensorParity(1, 0.002), "add": verify.TensorParity(0, 0.0)},
+    per_tensor={"stem": verify.TensorParity(1, 0.002, 5000), "add": verify.TensorParity(0, 0.0, 5000)},
 )
 
 
@@ -68,6 +68,28 @@ def test_a_damaged_file_is_caught(tensor, change, w4a4, images, tmp_path):
         verify.assert_parity(verify.measure_parity(network, path, images))
 
 
+@pytest.mark.parametrize(
+    ("bits", "tensor", "change"),
+    [
+        ((4, 4, 8), "expand.bias_codes", lambda codes: codes + 3),
+        ((4, 4, 8), "bounded.bias_codes", lambda codes: codes - 3),
+        ((8, 8, 8), "expand.bias_codes", lambda codes: codes + 100),
+        ((4, 4, 8), "expand.weight_scale", lambda scale: scale * 1.01),
+        ((8, 8, 8), "expand.weight_scale", lambda scale: scale * 1.01),
+        ((8, 8, 8), "relu_grid.scale", lambda scale: scale * 1.01),
+        ((8, 8, 8), "head.weight_scale", lambda scale: scale * 1.01),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_small_damage_is_caught_too(bits, tensor, change, written, images, tmp_path):
+    network, path = written(*bits)
+    path = damaged(path, tensor, change, tmp_path)
+    with pytest.raises(
+        ExportError, match=r"must be at most 1 step apart|at most 1% of the codes|^logits: onnxruntime must compute"
+    ):
+        verify.assert_parity(verify.measure_parity(network, path, images))
+
+
 @pytest.mark.parametrize("tensor", ["head.weight_scale", "head.bias_codes"])
 def test_damage_behind_the_last_codes_is_caught_at_the_logits(tensor, w4a4, images, tmp_path):
     network, path = w4a4
@@ -81,13 +103,23 @@ def test_differences_of_rounding_pass():
 
 
 def test_the_message_about_codes_names_the_worst_tensor():
-    worst = SOUND.per_tensor | {"add": verify.TensorParity(7, 0.25)}
+    worst = SOUND.per_tensor | {"add": verify.TensorParity(7, 0.25, 5000)}
     with pytest.raises(ExportError) as caught:
         verify.assert_parity(replace(SOUND, max_code_difference=7, per_tensor=worst))
     assert str(caught.value) == (
         "add: codes in onnxruntime and in the student must be at most 1 step apart, got 7 steps, 25.00% of the values differ; "
         "the file does not say what was quantized, please report it"
     )
+
+
+def test_the_message_about_the_share_of_codes_names_the_tensor_unless_it_is_small():
+    with pytest.raises(ExportError) as caught:
+        verify.assert_parity(replace(SOUND, per_tensor=SOUND.per_tensor | {"add": verify.TensorParity(1, 0.03, 1000)}))
+    assert str(caught.value) == (
+        "add: at most 1% of the codes in onnxruntime and in the student must differ, got 3.00%; "
+        "the file does not say what was quantized, please report it"
+    )
+    verify.assert_parity(replace(SOUND, per_tensor=SOUND.per_tensor | {"add": verify.TensorParity(1, 0.03, 80)}))
 
 
 def test_the_message_about_logits_says_how_wrong_they_are():

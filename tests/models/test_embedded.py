@@ -50,7 +50,8 @@ def test_a_missing_scikit_learn_names_the_extra(monkeypatch):
     with pytest.raises(ModelError) as caught:
         digits_images("held out")
     assert str(caught.value) == (
-        "embedded:digits: images: scikit-learn must be installed, got no module 'sklearn'; pip install 'reverie[digits]'"
+        "embedded:digits: images: scikit-learn must be installed, got no module 'sklearn'; "
+        "install Reverie with its extra 'digits': pip install -e '.[digits]' in its folder"
     )
 
 

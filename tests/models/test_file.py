@@ -1,10 +1,12 @@
 """Networks from the caller's own Python file: CIFAR's ResNet-20 for real, and every way such a file can be wrong."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from reverie import models
 from reverie.errors import ConfigError, ModelError
@@ -71,6 +73,14 @@ def test_the_network_is_in_evaluation_mode_and_has_the_contract_that_was_said(tm
     assert not network.module.training
     assert network.input.shape == (1, 8, 12)
     assert network.classes == 2
+
+
+def test_the_options_are_kept_so_that_json_can_hold_them_and_the_network_be_loaded_again(tmp_path):
+    name, weights = write(tmp_path, NETWORK.format(size=64)), tmp_path / "w.safetensors"
+    save_file({"1.weight": torch.ones(2, 64), "1.bias": torch.zeros(2)}, weights)
+    network = models.load(name, weights=weights, **SMALL)
+    assert json.loads(json.dumps(network.options))["weights"] == str(weights)
+    assert models.load(name, **network.options).fingerprint == network.fingerprint
 
 
 def test_files_with_neighbours_of_the_same_name_do_not_meet(tmp_path):

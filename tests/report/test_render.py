@@ -82,6 +82,24 @@ def test_the_page_says_what_it_does_not_tell(request, tmp_path, case, caveat):
     assert caveat in parsed.text
 
 
+def test_a_file_that_was_timed_but_not_compared_did_run_in_a_real_runtime(labelled, tmp_path):
+    _, parsed = page(labelled | {"parity": None, "agreement": {}}, tmp_path)
+    assert "Nothing was run in a real runtime" not in parsed.text
+    assert "Parity was checked" not in parsed.text
+
+
+def test_agreement_on_the_calibration_images_is_called_that(unlabelled, tmp_path):
+    _, parsed = page(unlabelled | {"agreement": {"calibration": unlabelled["agreement"]["synthetic"]}}, tmp_path)
+    assert "on 96.88\u00a0% of 32 calibration images" in parsed.text
+    assert "Agreement was measured on the calibration images themselves" in parsed.text
+
+
+def test_similar_images_are_explained(labelled, tmp_path):
+    _, parsed = page(labelled, tmp_path)
+    assert "0.415" in parsed.text
+    assert "0 to 1 behind a ReLU; 1 is one image many times" in parsed.text
+
+
 def test_noise_among_the_images_is_called_a_baseline(labelled, tmp_path):
     labelled["images"]["source"] = {"noise": 66}
     _, parsed = page(labelled, tmp_path)

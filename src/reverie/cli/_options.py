@@ -54,9 +54,8 @@ class NetworkOptions:
     interpolation: str | None = None
 
     def given(self) -> dict[str, Any]:
-        """Those that were given, as JSON can hold them but for tuples."""
-        options = {key: value for key, value in asdict(self).items() if value is not None}
-        return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+        """Those that were given."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def load(self, name: str) -> "Network":
         """The network `name`; only the options that were given are handed to its source."""

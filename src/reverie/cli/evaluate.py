@@ -1,5 +1,6 @@
 """`reverie evaluate`: a finished run on another folder of images."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions
 from reverie.cli._output import say, say_json, say_table
 from reverie.cli._runs import exported_file, load_network
+from reverie.progress import choose
 
 
 def evaluate(
@@ -28,7 +30,7 @@ def evaluate(
         run: A run directory that `reverie quantize` completed.
         data: Folder of images (a folder a class, or with a labels.csv), or an .npz or .safetensors file.
         network: The full-precision network; default: the one that the run names.
-        json: Print the numbers as one JSON document.
+        json: Print the numbers as one JSON document, and progress as JSON lines on standard error.
     """
     import torch
 
@@ -45,7 +47,8 @@ def evaluate(
         "full_precision": partial(metrics.predict, as_teacher(loaded).graph),
         "exported": partial(verify.predict, session, batch=metrics.BATCH),
     }
-    scores: dict[str, Any] = {"images": len(images), **metrics.score(models, images)}
+    with choose(sys.stderr, json).stage("evaluate", total=-(-len(images) // metrics.BATCH)) as step:
+        scores: dict[str, Any] = {"images": len(images), **metrics.score(models, images, step)}
     if json:
         say_json(scores)
         return

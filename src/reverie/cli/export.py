@@ -7,6 +7,9 @@ from reverie.cli._output import say
 from reverie.cli._runs import load_network, packed_file
 from reverie.errors import ConfigError
 
+# As many as a run compares; more would only repeat the same arithmetic.
+_PARITY_IMAGES = 64
+
 
 def export(
     run: Path,
@@ -19,7 +22,8 @@ def export(
 ) -> None:
     """Write the integer model of a run for a target, from its packed checkpoint.
 
-    An ONNX file is compared with the checkpoint in ONNX Runtime, on the run's own images, before this succeeds.
+    The file replaces an older one only once ONNX Runtime computes from it, in integers, what the checkpoint says for the
+    run's own images.
 
     Example: reverie export runs/embedded-digits-w4a8 --target onnx --output digits.onnx
 
@@ -32,9 +36,10 @@ def export(
     from reverie import export as targets
     from reverie import pipeline, plugins, recipe
     from reverie.export import _verify as verify
-    from reverie.export.packed import restore
+    from reverie.export._packed import restore
     from reverie.images.store import load_images
     from reverie.report.outcome import size_text
+    from reverie.runs import atomic_write
 
     exporter = plugins.load(targets, target)()
     packed = packed_file(run)
@@ -47,12 +52,21 @@ def export(
     _, student = pipeline.student_of(teacher.graph, resolved.quantization)
     quantized = restore(student, packed)
     facts = {"reverie.network": loaded.name, "reverie.recipe": resolved.fingerprint}
-    exporter(quantized, loaded.input.shape, file, facts=facts)
-    say(f"wrote {file}, {size_text(file.stat().st_size)}")
     images = run / "images.safetensors"
-    if target == "onnx" and images.is_file():
-        parity = verify.measure_parity(quantized, file, load_images(images).inputs[:64])
-        verify.assert_parity(parity)
-        say(
-            f"same class as the checkpoint on {parity.images} of its own images, codes at most {parity.max_code_difference} steps apart"
-        )
+    proof = f"not compared with the checkpoint: {images} is not there"
+
+    def write_proven(aside: Path) -> None:
+        nonlocal proof
+        exporter(quantized, loaded.input.shape, aside, facts=facts)
+        if images.is_file():
+            parity = verify.measure_parity(quantized, aside, load_images(images).inputs[:_PARITY_IMAGES])
+            verify.assert_parity(parity)
+            proof = (
+                f"same class as the checkpoint on {parity.images} of its own images, "
+                f"codes at most {parity.max_code_difference} steps apart"
+            )
+        verify.assert_integer(aside, quantized)
+
+    atomic_write(file, write_proven)
+    say(f"wrote {file}, {size_text(file.stat().st_size)}")
+    say(proof)

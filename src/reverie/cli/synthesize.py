@@ -53,8 +53,5 @@ def synthesize(
         say_json(run.metrics)
         return
     say(f"images: {outcome.images_text(run.metrics['images'])}")
-    say(
-        f"classes: {' '.join(map(str, run.metrics['images']['diversity']['class_histogram']))} images of each, as the network sees them"
-    )
     say(f"seconds: {outcome.seconds_text(run.metrics['seconds'])}")
     say(f"files: {run.path}: images.safetensors, images/*.png, images/contact_sheet.png, metrics.json")

@@ -4,7 +4,8 @@ What is proven is the session that users get: default options, all optimizations
 
 *Local*: every quantized tensor, one at a time. The student computes it from ONNX Runtime's own preceding codes, so what
 differs is this one step's arithmetic and not what came before. Float and fixed-point rounding of one accumulator part
-company by at most one step of the grid; more is a wrong scale, a wrong bound or a wrong kernel.
+company by at most one step of the grid, and rarely; more is a wrong scale, a wrong bound or a wrong kernel. What stays
+below that passes: at W8A8 a bias can be some tens of the accumulator's steps off, which are hundredths of one code.
 
 The logits, which stay in float, are compared in the same way and must be equal up to the rounding of float32.
 
@@ -47,6 +48,10 @@ from reverie.grid import dequantize, quantize
 # Kernels of ONNX Runtime that multiply integers, each named after the node it was made of.
 INTEGER_KERNELS = frozenset({"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger"})
 MAX_CODE_DIFFERENCE = 1
+# Rounding tips 0.007 % of a tensor's values at most (resnet20, MLPerf Tiny's resnet8); a bias that is three steps of the
+# accumulator off, 5 % at W4A4. Of fewer values than so many, a single one would be too large a share.
+MAX_DIFFERING_SHARE = 0.01
+_MIN_VALUES = 1000
 # A sum of 2^13 float32 products, rounded as badly as can be, is wrong by 2^-11 of the sum of their sizes; logits are sums
 # of fewer, and of the other sign too.
 MAX_LOGIT_ERROR = 2.0**-10
@@ -75,10 +80,12 @@ class TensorParity:
     Args:
         max_code_difference: In steps of its grid.
         differing_share: Of all its values, 0 to 1.
+        values: How many were compared.
     """
 
     max_code_difference: int
     differing_share: float
+    values: int
 
 
 @dataclass(frozen=True)
@@ -181,10 +188,10 @@ def measure_parity(
                 )
             comparison = _LocalComparison(student, dict(zip(names, codes, strict=True)))
             local.append(comparison.run(part))
-            for name, difference in comparison.differences.items():
-                worst[name] = max(worst[name], int(difference.max()))
-                differing[name] += int((difference != 0).sum())
-                values[name] += difference.numel()
+            for name, (largest, unequal, count) in comparison.differences.items():
+                worst[name] = max(worst[name], largest)
+                differing[name] += unequal
+                values[name] += count
             ours.append(exact(part))
             theirs.append(torch.from_numpy(free))
     expected, actual = torch.cat(ours), torch.cat(theirs)
@@ -201,7 +208,7 @@ def measure_parity(
         untied_disagreements=int((disagree & ~tied).sum()),
         max_logit_difference=logit_difference,
         images=len(images),
-        per_tensor={name: TensorParity(worst[name], differing[name] / max(1, values[name])) for name in values},
+        per_tensor={name: TensorParity(worst[name], differing[name] / max(1, values[name]), values[name]) for name in values},
     )
 
 
@@ -211,7 +218,8 @@ class _LocalComparison(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, codes: dict[str, Any]) -> None:
         super().__init__(graph)
         self._codes = codes
-        self.differences: dict[str, Tensor] = {}
+        # Of each tensor: the largest, how many are not zero, of how many. The tensors themselves would fill the memory.
+        self.differences: dict[str, tuple[int, int, int]] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         quantizer = self.fetch_attr(str(target))
@@ -221,7 +229,8 @@ class _LocalComparison(fx.Interpreter):
         ours = quantize(args[0], quantizer.scale, quantizer.zero_point, quantizer.grid)
         # A pooling that the file keeps four-dimensional has the same values in the same order.
         theirs = torch.from_numpy(self._codes[name]).to(ours.dtype).reshape(ours.shape)
-        self.differences[name] = (ours - theirs).abs()
+        difference = (ours - theirs).abs()
+        self.differences[name] = int(difference.max()), int(difference.count_nonzero()), difference.numel()
         return dequantize(theirs, quantizer.scale, quantizer.zero_point)
 
 
@@ -229,7 +238,7 @@ def assert_parity(parity: Parity) -> None:
     """Checks that the differences are those of rounding.
 
     Raises:
-        ExportError: Some tensor is more than a step apart, the logits do not follow from the last codes, or too many
+        ExportError: Some tensor is more than a step apart, or too often, the logits do not follow from the last codes, or too many
             classes differ.
     """
     if parity.max_code_difference > MAX_CODE_DIFFERENCE:
@@ -238,6 +247,13 @@ def assert_parity(parity: Parity) -> None:
             f"{name}: codes in onnxruntime and in the student must be at most {MAX_CODE_DIFFERENCE} step apart, got "
             f"{worst.max_code_difference} steps, {worst.differing_share:.2%} of the values differ; {_REPORT}"
         )
+    counted = {name: tensor for name, tensor in parity.per_tensor.items() if tensor.values >= _MIN_VALUES}
+    for name, tensor in counted.items():
+        if tensor.differing_share > MAX_DIFFERING_SHARE:
+            raise ExportError(
+                f"{name}: at most {MAX_DIFFERING_SHARE:.0%} of the codes in onnxruntime and in the student must differ, got "
+                f"{tensor.differing_share:.2%}; {_REPORT}"
+            )
     # Not a number is an error too.
     if not parity.logit_error <= MAX_LOGIT_ERROR:
         raise ExportError(

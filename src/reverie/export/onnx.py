@@ -32,6 +32,8 @@ import onnx_ir.passes.common
 import torch
 from numpy.typing import NDArray
 from onnxscript import opset21 as op
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
 from torch import fx
 
 from reverie.errors import ExportError
@@ -41,6 +43,8 @@ from reverie.runs import atomic_write
 
 OPSET = 21
 PACKED_BITS = 4
+# As often as torch.onnx.export does: rewriting leaves constants to fold.
+_SIMPLIFICATIONS = 2
 
 _LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
 
@@ -112,6 +116,7 @@ def _translate(graph: fx.GraphModule, shape: tuple[int, ...]) -> ir.Model:
                 exported,
                 dynamo=True,
                 opset_version=OPSET,
+                optimize=False,
                 verbose=False,
                 custom_translation_table={
                     torch.ops.reverie.through_codes.default: _through_codes,
@@ -124,10 +129,27 @@ def _translate(graph: fx.GraphModule, shape: tuple[int, ...]) -> ir.Model:
                 "replace the operator in the network"
             ) from error
     assert program is not None
+    _simplify(program.model)
     _fold_pads(program.model.graph)
     _pad_codes(program.model.graph)
     _pool_globally(program.model.graph)
     return program.model
+
+
+def _simplify(model: ir.Model) -> None:
+    """Folds constants, in place: what `torch.onnx.export(optimize=True)` does, except that nothing equal becomes one.
+
+    Merging equal initializers and nodes would leave layers that share a weight without codes and a node of their own.
+    """
+    ir.passes.common.InlinePass()(model)
+    for _ in range(_SIMPLIFICATIONS):
+        fold_constants(model)
+        rewrite(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.passes.common.RemoveUnusedOpsetsPass()(model)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ir.passes.common.OutputFixPass()(model)
+    ir.passes.common.NameFixPass()(model)
 
 
 def _cause(error: BaseException) -> str:

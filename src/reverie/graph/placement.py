@@ -18,6 +18,7 @@ import operator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import fx, nn
 
 from reverie.errors import ModelError
@@ -33,6 +34,7 @@ from reverie.graph.operators import (
     constant,
     data_nodes,
     layers,
+    set_attribute,
 )
 from reverie.graph.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from reverie.grid import Grid
@@ -134,16 +136,24 @@ def place(
         layer.update_arg(1, call)
         source = _origin(named["input"]).name
         source_name = source if source in activations else None
-        if integer and bias is not None and constant(bias) and source_name is not None:
+        bias_name = str(bias.target) if constant(bias) else None
+        if bias_name is not None and len(bias.users) > 1:
+            # Each layer's bias is corrected and coded by itself.
+            bias_name = f"{bias_name}_of_{layer.name}"
+            shared = attribute(graph, bias)
+            assert shared is not None
+            set_attribute(copied, bias_name, shared.clone())
+            with copied.graph.inserting_before(layer):
+                layer.update_arg(2, copied.graph.get_attr(bias_name))
+        if integer and bias_name is not None and source_name is not None:
             biases[layer.name] = BiasQuantizer(activations[source_name], weights[layer.name])  # type: ignore[arg-type]
             with copied.graph.inserting_before(layer):
-                call = copied.graph.call_module(f"bias_quantizers.{layer.name}", (nodes[bias.name],))
+                call = copied.graph.call_module(f"bias_quantizers.{layer.name}", (layer.args[2],))
             layer.update_arg(2, call)
         path = str(weight.target).rpartition(".")[0] or layer.name
-        described[layer.name] = Layer(
-            layer.name, path, str(weight.target), str(bias.target) if constant(bias) else None, source_name, original in ends
-        )
+        described[layer.name] = Layer(layer.name, path, str(weight.target), bias_name, source_name, original in ends)
     copied.recompile()
+    copied.to(next((tensor.device for tensor in graph.buffers()), torch.device("cpu")))
     return Student(
         graph=copied,
         kind=kind,

@@ -86,21 +86,19 @@ def finish(student: Student) -> QuantizedNetwork:
             weight_name = f"{layer.weight}_of_{name}" if len(stored.users) > 1 else layer.weight
             set_attribute(graph, weight_name, quantizer(weight))
             weight_call.replace_all_uses_with(graph.graph.get_attr(weight_name))
-            bias_name = layer.bias
             if isinstance(bias_call, fx.Node) and bias_call.op == "call_module":
                 kept = bias_call.args[0]
                 assert isinstance(kept, fx.Node)
                 bias = attribute(graph, kept)
                 assert bias is not None
                 bias_codes = student.biases[name].final_codes(bias)
-                bias_name = f"{layer.bias}_of_{name}" if len(kept.users) > 1 else layer.bias
-                set_attribute(graph, str(bias_name), student.biases[name](bias))
-                bias_call.replace_all_uses_with(graph.graph.get_attr(str(bias_name)))
+                set_attribute(graph, str(layer.bias), student.biases[name](bias))
+                bias_call.replace_all_uses_with(graph.graph.get_attr(str(layer.bias)))
         finished[name] = QuantizedLayer(
             name=name,
             path=layer.path,
             weight=weight_name,
-            bias=bias_name,
+            bias=layer.bias,
             codes=quantizer.final_codes(weight),
             scale=quantizer.scale.clone(),
             zero_point=quantizer.zero_point.clone(),

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Network:
         input: The input contract.
         classes: Number of classes.
         held_out: Loads the labelled evaluation set that the network brings along, if it does (`embedded:digits`).
-        options: What `load` was given besides the name: with it, the network can be loaded again.
+        options: What `load` was given besides the name: with it, the network can be loaded again. Paths are text, as JSON needs.
     """
 
     name: str
@@ -82,7 +83,8 @@ def load(name: str, **options: Any) -> Network:
     _check_options(name, options, inspect.signature(load_from))
     network: Network = load_from(rest, **options)
     network.check_weights()
-    return replace(network, options=options)
+    kept = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    return replace(network, options=kept)
 
 
 def _source(name: str) -> tuple[str, str]:

@@ -19,9 +19,12 @@ def require(module: str, *, extra: str, distribution: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise ModelError(
-            f"{distribution} must be installed, got no module {error.name!r}; pip install 'reverie[{extra}]'"
-        ) from None
+        raise ModelError(f"{distribution} must be installed, got no module {error.name!r}; {with_extra(extra)}") from None
+
+
+def with_extra(extra: str) -> str:
+    """The cure for something missing that Reverie's `extra` brings; Reverie is on no registry."""
+    return f"install Reverie with its extra {extra!r}: pip install -e '.[{extra}]' in its folder"
 
 
 def unknown_network(source: str, name: str, choices: Collection[str], *, listing: str) -> ConfigError:

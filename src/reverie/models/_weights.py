@@ -72,7 +72,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ConfigError(f"{path}: must be a whole safetensors file, got {_one_line(error)}; fetch it again") from error
+        raise ConfigError(f"{path}: must be a whole safetensors file, got {one_line(error)}; fetch it again") from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -81,13 +81,13 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         # torch wraps the reason into a screenful of advice, part of which is to turn the protection off.
         reason = re.search(r"Unsupported [^\n]*?(?= was not an allowed|\n|$)", str(error))
-        got = reason[0] if reason else _one_line(error)
+        got = reason[0] if reason else one_line(error)
         raise ConfigError(
             f"{path}: weights must be a state dict of tensors alone, got a pickle that needs more ({got}); "
             "save model.state_dict() in place of the model"
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise ConfigError(f"{path}: must be a whole PyTorch file, got {_one_line(error)}; fetch it again") from error
+        raise ConfigError(f"{path}: must be a whole PyTorch file, got {one_line(error)}; fetch it again") from error
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
@@ -107,5 +107,6 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Kind and beginning of an error that is not ours, for a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -96,7 +96,7 @@ def _run(path: Path) -> dict[str, Any]:
         spec.loader.exec_module(module)
     except Exception as error:
         # Not our code: it may raise anything.
-        raise ModelError(f"the file must run, got {_one_line(error)}; try it with python {path.name}") from error
+        raise ModelError(f"the file must run, got {_weights.one_line(error)}; try it with python {path.name}") from error
     return vars(module)
 
 
@@ -126,7 +126,7 @@ def _call(factory: Callable[..., Any]) -> Any:
         return factory()
     except Exception as error:
         # Not our code: it may raise anything.
-        raise ModelError(f"the factory must give a network, got {_one_line(error)}") from error
+        raise ModelError(f"the factory must give a network, got {_weights.one_line(error)}") from error
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def _check_output(module: nn.Module, contract: InputContract, classes: int) -> N
         logits = module(torch.zeros(1, *contract.shape))
     except Exception as error:
         # Not our code: it may raise anything.
-        raise ModelError(f"the network must take inputs of shape {contract.shape}, got {_one_line(error)}") from error
+        raise ModelError(f"the network must take inputs of shape {contract.shape}, got {_weights.one_line(error)}") from error
     got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if got != (1, classes):
         raise ModelError(
@@ -166,7 +166,3 @@ def _lies_in(name: str, folder: Path) -> bool:
     found = [file] if file else list(getattr(sys.modules[name], "__path__", []))
     expected = folder.joinpath(*name.split("."))
     return any(Path(place).resolve() in (expected.with_suffix(".py"), expected / "__init__.py", expected) for place in found)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

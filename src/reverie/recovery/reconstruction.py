@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from reverie.checkpoints import Checkpoints
 from reverie.errors import check_range
 from reverie.graph.extract import extract
+from reverie.graph.operators import LINEARS, layers
 from reverie.graph.placement import Student
 from reverie.graph.quantizers import Rounder
 from reverie.graph.units import Unit, UnitKind, find_units
@@ -83,6 +84,7 @@ def round_weights(
             student.weights[name].set_codes(rounder.harden())
         return {}
     units = find_units(teacher, settings.unit)
+    linear = {node.name for node in layers(teacher) if node.target in LINEARS}
     walks = _PairedWalk(teacher, student.graph, inputs, units)
     errors: dict[str, tuple[float, float]] = {}
     with progress.stage("round", total=settings.iterations * len(units)) as step:
@@ -90,7 +92,7 @@ def round_weights(
             part = checkpoints.load(f"codes-{number}")
             if part is None:
                 sources, target = walks.at(unit)
-                before, after = _learn(student, unit, sources, target, rounding, settings, seed.at(unit.name), step)
+                before, after = _learn(student, unit, sources, target, rounding, settings, linear, seed.at(unit.name), step)
                 part = {name: student.weights[name].final_codes(student.weights[name].codes) for name in unit.layers}
                 part[_ERRORS] = torch.tensor([before, after], dtype=torch.float64)
                 checkpoints.save(f"codes-{number}", part)
@@ -147,6 +149,7 @@ def _learn(
     target: Tensor,
     rounding: Rounding,
     settings: Reconstruction,
+    linear: set[str],
     seed: Seed,
     step: Callable[..., None],
 ) -> tuple[float, float]:
@@ -159,10 +162,12 @@ def _learn(
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     generator = seed.generator()
     count = target.shape[0]
+    # What a linear layer writes has its channels last, whatever stands before them.
+    channel = -1 if unit.layers[-1] in linear else 1
     for iteration in range(settings.iterations):
         picked = torch.randint(count, (settings.batch,), generator=generator).to(target.device)
         output = module(*(source[picked] for source in sources))
-        distance = (output - target[picked]).square().sum(dim=1).mean()
+        distance = (output - target[picked]).square().sum(dim=channel).mean()
         progress = iteration / settings.iterations
         loss = distance + sum((rounder.penalty(progress) for rounder in rounders.values()), torch.zeros(()))
         optimizer.zero_grad()

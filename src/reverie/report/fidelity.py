@@ -76,6 +76,7 @@ def _similarity(features: Float[Tensor, "count width"]) -> float | None:
     count = features.shape[0]
     if count < 2:
         return None
-    unit = functional.normalize(features - features.mean(dim=0), dim=1)
+    # Not centred on the set: centred vectors add up to zero, so their mean cosine would be -1/(count - 1) for every set.
+    unit = functional.normalize(features, dim=1)
     total = float(unit.sum(dim=0).square().sum() - unit.square().sum())
     return total / (count * (count - 1))

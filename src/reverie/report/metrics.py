@@ -33,38 +33,37 @@ def collect(
     quantized: QuantizedNetwork,
     shape: tuple[int, int, int],
     sets: dict[str, Images],
-    path: Path,
+    *,
+    onnx: Path | None,
+    packed: Path,
     float_file: Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """Accuracy, agreement, parity, size and latency.
 
     Args:
-        sets: "synthetic" (held out), "unlabelled" and "evaluation", as far as there are any.
-        path: The run directory; holds `network.onnx` unless nothing was exported.
+        sets: Images by what they are; those named "evaluation" have labels.
+        onnx: The exported model, if there is one.
+        packed: The native checkpoint.
         float_file: Where the full-precision ONNX file to compare with may be written.
 
     Raises:
         ExportError: ONNX Runtime does not compute what the student does, or computes a layer in float.
     """
-    onnx = path / "network.onnx"
-    exported = onnx.is_file()
     found: dict[str, Any] = {name: {"top1": None} for name in ("full_precision", "quantized", "exported")}
     found |= {"difference": {}, "agreement": {}, "parity": None, "bytes": {}, "latency_ms": None}
-    if exported:
+    if onnx is not None:
         session = verify.open_session(onnx, threads=torch.get_num_threads())
-        probes = torch.cat([part.inputs[: max(1, _PARITY_IMAGES // len(sets))] for part in sets.values()]) if sets else None
-        if probes is not None:
-            parity = verify.measure_parity(quantized, onnx, probes, threads=torch.get_num_threads())
-            verify.assert_parity(parity)
-            found["parity"] = asdict(parity)
+        probes = torch.cat([part.inputs[: max(1, _PARITY_IMAGES // len(sets))] for part in sets.values()])
+        parity = verify.measure_parity(quantized, onnx, probes, threads=torch.get_num_threads())
+        verify.assert_parity(parity)
         verify.assert_integer(onnx, quantized)
-        found["float_layers"] = verify.float_layers(onnx, quantized.layers)
+        found["parity"] = asdict(parity)
     models: dict[str, Callable[[Tensor], Tensor]] = {
         "full_precision": partial(predict, teacher),
         "quantized": partial(predict, as_integers(quantized)),
     }
-    if exported:
+    if onnx is not None:
         models["exported"] = partial(verify.predict, session, batch=BATCH)
     with progress.stage("evaluate", total=max(1, sum(-(-len(part) // BATCH) for part in sets.values()))) as step:
         for name, part in sets.items():
@@ -73,8 +72,8 @@ def collect(
             if name == "evaluation" and part.labels is not None:
                 found |= {key: {"top1": value, "images": len(part)} for key, value in scores["top1"].items()}
                 found["difference"] = scores["difference"]
-    found["bytes"] = {"network": (path / "network.safetensors").stat().st_size}
-    if exported:
+    found["bytes"] = {"network": packed.stat().st_size}
+    if onnx is not None:
         export_float(reference, shape, float_file)
         found["bytes"] |= sizes({"fp32": float_file, "packed": onnx})
         times = latency({"fp32": float_file, "quantized": onnx}, shape, threads=torch.get_num_threads())

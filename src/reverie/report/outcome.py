@@ -6,8 +6,15 @@ Everything here reads `metrics.json` and nothing else, so an old run can be show
 from typing import Any
 
 _NAMES = {"full_precision": "full precision", "quantized": "fake-quantized", "exported": "exported (ONNX Runtime)"}
-_SETS = {"synthetic": "held-out synthetic", "unlabelled": "unlabelled", "evaluation": "evaluation"}
+_SETS = {
+    "synthetic": "held-out synthetic",
+    "unlabelled": "unlabelled",
+    "evaluation": "evaluation",
+    "calibration": "calibration",
+}
 NONE = "-"
+# With more classes a number for each, or a name below each bar, would be unreadable.
+MOST_CLASSES_LISTED = 20
 
 
 def headline(metrics: dict[str, Any]) -> str:
@@ -72,19 +79,17 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     lines = []
     if metrics["parity"] is not None:
         lines.append(f"parity: {_parity(metrics['parity'])}")
-    if metrics.get("float_layers"):
-        lines.append(f"in float, without an integer kernel: {', '.join(metrics['float_layers'])}")
     lines.append(f"images: {images_text(metrics['images'])}")
     lines.append(f"seconds: {seconds_text(metrics['seconds'])}; peak memory {size_text(metrics['peak_memory_bytes'])}")
     return lines
 
 
 def images_text(images: dict[str, Any]) -> str:
-    """Such as `64 (64 zeroq), batch-norm distance 0.021, class coverage 0.97, feature similarity 0.02`."""
+    """Such as `64 (64 zeroq), 30 20 14 of each class, batch-norm distance 0.021, class coverage 0.95, entropy 0.1, ...`."""
     sources = ", ".join(f"{count} {source}" for source, count in images["source"].items())
     diversity = images["diversity"]
-    parts = [f"{images['count']} ({sources})"]
-    for key in ("batch_norm_distance", "class_coverage", "feature_similarity"):
+    parts = [f"{images['count']} ({sources})", _classes(diversity["class_histogram"])]
+    for key in ("batch_norm_distance", "class_coverage", "entropy", "feature_similarity"):
         if diversity[key] is not None:
             parts.append(f"{key.replace('_', ' ').replace('batch norm', 'batch-norm')} {diversity[key]:.3g}")
     return ", ".join(parts)
@@ -113,6 +118,13 @@ def size_text(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} bytes"
+
+
+def _classes(histogram: list[int]) -> str:
+    """Such as `30 20 14 of each class`, or `61 of 1000 classes seen, at most 3 of one` where there are too many to list."""
+    if len(histogram) <= MOST_CLASSES_LISTED:
+        return f"{' '.join(map(str, histogram))} of each class"
+    return f"{sum(count > 0 for count in histogram)} of {len(histogram)} classes seen, at most {max(histogram)} of one"
 
 
 def _difference(interval: dict[str, float]) -> str:

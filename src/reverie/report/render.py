@@ -17,15 +17,13 @@ from reverie.recipe import Recipe, tables, to_toml
 from reverie.report import outcome
 
 _WORST = 10
-# A class without a label of its own below its bar, from so many classes on.
-_LABELLED_CLASSES = 20
 
 _MEASURES = {
     "batch_norm_distance": "how far the images' statistics are from those that the batch norms remember; 0 is a perfect match",
     "class_coverage": "how evenly the network's answers spread over the classes, 0 to 1",
     "confidence": "mean probability of the class that the network takes an image for",
     "entropy": "mean entropy of the network's answers, in nats; 0 is certainty",
-    "feature_similarity": "mean cosine of pairs of images in what the last layer reads; near 0 is diverse, near 1 is one image many times",
+    "feature_similarity": "mean cosine of pairs of images in what the last layer reads, 0 to 1 behind a ReLU; 1 is one image many times",
 }
 
 
@@ -59,12 +57,11 @@ def render(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], path
         rows=rows,
         parity=metrics["parity"],
         worst=_worst(metrics["parity"]),
-        float_layers=metrics.get("float_layers", []),
         latency=metrics["latency_ms"],
         sheet=_embedded(path / "images" / "contact_sheet.png"),
         images=outcome.images_text(metrics["images"]),
         classes=_classes(metrics["images"]["diversity"]["class_histogram"]),
-        class_labels=metrics["network"]["classes"] <= _LABELLED_CLASSES,
+        class_labels=metrics["network"]["classes"] <= outcome.MOST_CLASSES_LISTED,
         measures=_measures(metrics["images"]["diversity"]),
         rounding=_rounding(metrics["rounding_errors"]),
         stages=_stages(metrics["seconds"]),
@@ -170,6 +167,10 @@ def _caveats(metrics: dict[str, Any], record: dict[str, Any]) -> list[str]:
             "The held-out synthetic images come from the same method as those used for calibration. They show whether "
             "quantization changed the network where it was looked at, not how it behaves on real images."
         )
+    if "calibration" in metrics["agreement"]:
+        found.append(
+            "Agreement was measured on the calibration images themselves, for want of others: on new images it may be lower."
+        )
     if "noise" in metrics["images"]["source"]:
         found.append(
             "Part of the calibration images is Gaussian noise, which knows nothing of the network: a baseline, no more."
@@ -180,9 +181,9 @@ def _caveats(metrics: dict[str, Any], record: dict[str, Any]) -> list[str]:
             f"({record['versions']['threads']} threads). Other processors rank FP32 and integers differently, and a busy "
             "machine shifts both."
         )
-    if metrics["parity"] is None:
+    if metrics["latency_ms"] is None:
         found.append("Nothing was run in a real runtime, so the numbers are those of the simulation in PyTorch.")
-    else:
+    elif metrics["parity"] is not None:
         found.append(
             "Parity was checked in this version of ONNX Runtime on a CPU. Other runtimes round and fuse in their own ways."
         )

@@ -31,12 +31,14 @@ class Teacher:
         input: What it expects of an image.
         classes: Number of classes.
         name: What the user called it.
+        fingerprint: Of its weights, for the images' provenance.
     """
 
     graph: fx.GraphModule
     input: InputContract
     classes: int
     name: str
+    fingerprint: str = ""
 
     @property
     def device(self) -> torch.device:

@@ -11,8 +11,8 @@ def matching_loss(statistics: Statistics, norms: list[BatchNorm]) -> Float[Tenso
     """Squared deviation from the running mean and standard deviation in units of the latter, averaged over everything."""
     terms = []
     for mean, variance, norm in zip(statistics.mean, statistics.variance, norms, strict=True):
-        # The square root has no slope at 0, where a constant channel sits.
-        deviation = (variance + 1e-12).sqrt()
+        # The square root has no slope at 0, where a constant channel sits, nor a useful one just above.
+        deviation = (variance + 1e-6 * norm.deviation.square()).sqrt()
         terms.append((((mean - norm.mean) / norm.deviation).square() + (deviation / norm.deviation - 1).square()).mean())
     return torch.stack(terms).mean()
 

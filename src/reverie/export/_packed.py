@@ -7,7 +7,7 @@ each layer, shape, bits and names, and for each tensor its bits, as JSON under t
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +28,44 @@ _FORMAT = "reverie packed 1"
 _KEY = "reverie"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Packed:
-    """Has no settings."""
+def write_packed(quantized: QuantizedNetwork, path: Path, *, facts: dict[str, str] | None = None) -> None:
+    """Writes `path`, whole or not at all; the same arguments give the same bytes.
 
-    def __call__(
-        self, quantized: QuantizedNetwork, shape: tuple[int, ...], path: Path, *, facts: dict[str, str] | None = None
-    ) -> None:
-        """Writes `path`; see `export.Exporter`."""
-        tensors: dict[str, Tensor] = {}
-        described: dict[str, dict[str, Any]] = {}
-        stored: set[str] = set()
-        for name, layer in quantized.layers.items():
-            tensors[f"{layer.weight}.codes"] = pack(layer.codes.cpu(), layer.grid)
-            tensors[f"{layer.weight}.scale"] = layer.scale.flatten()
-            tensors[f"{layer.weight}.zero_point"] = layer.zero_point.flatten()
-            described[name] = {
-                "weight": layer.weight,
-                "bias": layer.bias if layer.bias_codes is not None else None,
-                "shape": list(layer.codes.shape),
-                "bits": layer.grid.bits,
-                "source": layer.source,
-            }
-            stored.add(layer.weight)
-            if layer.bias_codes is not None:
-                tensors[f"{layer.bias}.codes"] = layer.bias_codes
-                stored.add(str(layer.bias))
-        for name, quantizer in quantized.activations.items():
-            tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = quantizer.scale, quantizer.zero_point
-        for name, tensor in quantized.graph.named_buffers():
-            if name not in stored and not name.startswith("activation_quantizers."):
-                tensors[name] = tensor
-        header = {
-            "format": _FORMAT,
-            "placement": quantized.kind,
-            "layers": described,
-            "tensors": {name: quantizer.grid.bits for name, quantizer in quantized.activations.items()},
-            "facts": facts or {},
+    Args:
+        facts: What the file is, as text by name; stored in its header.
+    """
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, dict[str, Any]] = {}
+    stored: set[str] = set()
+    for name, layer in quantized.layers.items():
+        tensors[f"{layer.weight}.codes"] = pack(layer.codes.cpu(), layer.grid)
+        tensors[f"{layer.weight}.scale"] = layer.scale.flatten()
+        tensors[f"{layer.weight}.zero_point"] = layer.zero_point.flatten()
+        described[name] = {
+            "weight": layer.weight,
+            "bias": layer.bias if layer.bias_codes is not None else None,
+            "shape": list(layer.codes.shape),
+            "bits": layer.grid.bits,
+            "source": layer.source,
         }
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        atomic_write(path, lambda aside: save_file(whole, aside, metadata={_KEY: json.dumps(header)}))
+        stored.add(layer.weight)
+        if layer.bias_codes is not None:
+            tensors[f"{layer.bias}.codes"] = layer.bias_codes
+            stored.add(str(layer.bias))
+    for name, quantizer in quantized.activations.items():
+        tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = quantizer.scale, quantizer.zero_point
+    for name, tensor in quantized.graph.named_buffers():
+        if name not in stored and not name.startswith("activation_quantizers."):
+            tensors[name] = tensor
+    header = {
+        "format": _FORMAT,
+        "placement": quantized.kind,
+        "layers": described,
+        "tensors": {name: quantizer.grid.bits for name, quantizer in quantized.activations.items()},
+        "facts": facts or {},
+    }
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda aside: save_file(whole, aside, metadata={_KEY: json.dumps(header)}))
 
 
 def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,6 +131,3 @@ def restore(student: Student, path: Path) -> QuantizedNetwork:
             layer = replace(layer, bias_codes=bias_codes)
         layers[name] = layer
     return replace(quantized, layers=layers)
-
-
-METHOD = Packed
