@@ -177,9 +177,7 @@ def run_synthesis(
 @contextmanager
 def _working_in(folder: Path, recipe: Recipe, network: Network, device: str, more: dict[str, str]) -> Iterator[RunDirectory]:
     """The run directory, opened for this recipe and network (and what `more` identifies), its recipe and facts written."""
-    contract = hashlib.sha256(repr((network.input, network.classes)).encode()).hexdigest()[:16]
-    identity = {"recipe": recipe.fingerprint, "network": network.fingerprint, "input": contract} | more
-    with RunDirectory.open(folder, identity) as directory:
+    with RunDirectory.open(folder, identity(recipe, network) | more) as directory:
         atomic_text(directory.path / "recipe.toml", to_toml(recipe))
         directory.note(network=network.name, options=network.options, seed=recipe.seed, device=device)
         yield directory
@@ -193,6 +191,12 @@ def _plan(recipe: Recipe) -> dict[str, float]:
     if recipe.quantization.bias_correction:
         plan["correct biases"] = 0.5
     return plan | {"evaluate": 2.0}
+
+
+def identity(recipe: Recipe, network: Network) -> dict[str, str]:
+    """What, besides the user's images, tells one run from another."""
+    contract = hashlib.sha256(repr((network.input, network.classes)).encode()).hexdigest()[:16]
+    return {"recipe": recipe.fingerprint, "network": network.fingerprint, "input": contract}
 
 
 def check(recipe: Recipe, network: Network, *, calibrated: bool, device: str) -> None:

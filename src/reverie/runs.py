@@ -104,11 +104,14 @@ def default_output(network: str, weight_bits: int, activation_bits: int) -> Path
     return Path("runs") / f"{words}-w{weight_bits}a{activation_bits}"
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, identity: dict[str, str] | None = None) -> None:
     """Refuses a place that no run can be written to; writes nothing.
 
+    Args:
+        identity: As much as is known of what the run to come is identified by.
+
     Raises:
-        ConfigError: `path` is a file, holds something else than a run, or cannot be written.
+        ConfigError: `path` is a file, holds something else than a run or another run, or cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: must be a folder, got a file; choose another --output")
@@ -117,6 +120,8 @@ def check_output(path: Path) -> None:
     nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
         raise ConfigError(f"{path}: must be writable, got no permission to write in {nearest}; choose another --output")
+    if identity is not None and (path / "run.json").exists():
+        _check_identity(path, read_record(path)["identity"], identity, set(identity))
 
 
 class RunDirectory:
@@ -242,18 +247,21 @@ def _new_record(identity: dict[str, str]) -> dict[str, Any]:
 
 def _resumed(path: Path, identity: dict[str, str]) -> dict[str, Any]:
     record = read_record(path)
-    there = record["identity"]
-    different = [part for part in {**there, **identity} if there.get(part) != identity.get(part)]
-    if different:
-        parts = ", ".join(f"{part} {there.get(part)!r} instead of {identity.get(part)!r}" for part in different)
-        raise ConfigError(
-            f"{path}: must be new or hold the same run, got one with {parts}; choose another --output, or delete the folder"
-        )
+    _check_identity(path, record["identity"], identity, {*record["identity"], *identity})
     versions = environment()
     if versions != record["versions"]:
         record["earlier_versions"].append(record["versions"])
         record["versions"] = versions
     return record
+
+
+def _check_identity(path: Path, there: dict[str, str], here: dict[str, str], parts: set[str]) -> None:
+    different = [part for part in {**there, **here} if part in parts and there.get(part) != here.get(part)]
+    if different:
+        told = ", ".join(f"{part} {there.get(part)!r} instead of {here.get(part)!r}" for part in different)
+        raise ConfigError(
+            f"{path}: must be new or hold the same run, got one with {told}; choose another --output, or delete the folder"
+        )
 
 
 def _is_foreign(path: Path) -> bool:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import SHAPE, TINY
 
 from reverie.cli import main
+from reverie.runs import RunDirectory
 
 
 @pytest.fixture(autouse=True)
@@ -304,3 +305,13 @@ def test_an_interrupted_command_says_how_to_go_on_with_status_130(capsys, nets):
 def test_an_error_of_our_own_is_not_hidden():
     with pytest.raises(TypeError):
         main([object()])
+
+
+def test_a_folder_with_another_run_is_refused_before_any_image_is_read(capsys, monkeypatch, tmp_path):
+    output = tmp_path / "run"
+    RunDirectory.open(output, {"recipe": "0" * 16, "network": "n", "input": "i"}).close()
+    monkeypatch.setattr("reverie.images.folder.read_folder", None)
+    told = refused(capsys, "quantize", "embedded:digits", "--output", str(output), "--unlabelled", str(tmp_path))
+    start = f"{output}: must be new or hold the same run, got one with recipe '0000000000000000' instead of "
+    assert told.startswith(start), told
+    assert told.endswith("; choose another --output, or delete the folder")

@@ -84,6 +84,7 @@ def quantize(
     from reverie import pipeline
 
     pipeline.check(resolved, loaded, calibrated=calibration is not None, device=device)
+    check_output(folder, pipeline.identity(resolved, loaded))
     real = None if calibration is None else _read(calibration, loaded, require_labels=False, option="--calibration")
     unseen = None if unlabelled is None else _read(unlabelled, loaded, require_labels=False, option="--unlabelled")
     labelled = None if evaluate is None else _labelled(evaluate, loaded)

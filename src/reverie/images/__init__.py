@@ -1,6 +1,6 @@
 """A set of images in the network's own input units, and what is known about each."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -27,10 +27,6 @@ class Images:
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
-
-    def with_logits(self, logits: Float[Tensor, "count classes"]) -> "Images":
-        """The same images with the teacher's answers attached."""
-        return replace(self, logits=logits)
 
     @staticmethod
     def concatenate(parts: "list[Images]") -> "Images":

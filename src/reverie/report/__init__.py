@@ -1,1 +1,1 @@
-"""."""
+"""What a run measured: the numbers, and the page that shows them."""

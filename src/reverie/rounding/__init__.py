@@ -1,8 +1,8 @@
 """How one weight tensor becomes codes. Each file is one way.
 
 `METHOD(...)(weight, scale, zero_point, grid)` makes a `Rounder` (see `graph.quantizers`): `forward()` the codes as they
-are, `penalty(progress)` what is added to the reconstruction loss, `harden()` the final codes. Every rounder starts at the
-nearest codes and never goes further than one step from the weight.
+are, `penalty(progress)` what is added to the reconstruction loss, `harden()` the final codes. What `harden()`
+answers is the nearest codes at the start, and never further than one step from the weight.
 """
 
 from typing import Protocol, runtime_checkable
