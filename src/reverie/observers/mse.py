@@ -42,21 +42,17 @@ class Mse:
         return MseWatch(self)
 
 
-class MseWatch:
-    """A sample of the values."""
+class MseWatch(Sample):
+    """A sample of the values, and the range that codes them best."""
 
     def __init__(self, settings: Mse) -> None:
+        super().__init__(settings.capacity)
         self._settings = settings
-        self._sample = Sample(settings.capacity)
-
-    def update(self, values: Float[Tensor, "groups values"]) -> None:
-        """Takes in the values of one more batch."""
-        self._sample.update(values)
 
     @torch.no_grad()
     def range(self, grid: Grid, *, symmetric: bool) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
         """Low and high end for each group."""
-        values, (low, high) = self._sample.values(), self._sample.ends()
+        values, (low, high) = self.values(), self.ends()
         best = torch.full_like(low, torch.inf)
         best_low, best_high = low.clone(), high.clone()
         for shrink in torch.linspace(1.0, self._settings.smallest, self._settings.candidates).tolist():

@@ -32,20 +32,16 @@ class Percentile:
         return PercentileWatch(self)
 
 
-class PercentileWatch:
-    """A sample of the values."""
+class PercentileWatch(Sample):
+    """A sample of the values, and its percentiles."""
 
     def __init__(self, settings: Percentile) -> None:
+        super().__init__(settings.capacity)
         self._settings = settings
-        self._sample = Sample(settings.capacity)
-
-    def update(self, values: Float[Tensor, "groups values"]) -> None:
-        """Takes in the values of one more batch."""
-        self._sample.update(values)
 
     def range(self, grid: Grid, *, symmetric: bool) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
         """Low and high end for each group."""
-        ordered = self._sample.values().sort(dim=1).values
+        ordered = self.values().sort(dim=1).values
         tail = (1 - self._settings.percentile / 100) / 2
         last = ordered.shape[1] - 1
         places = torch.tensor([tail * last, (1 - tail) * last], device=ordered.device)
