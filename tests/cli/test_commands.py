@@ -276,3 +276,11 @@ def test_a_name_that_reverie_lacks_is_an_attribute_error():
 def test_the_module_runs_like_the_command():
     done = subprocess.run([sys.executable, "-m", "reverie", "--version"], capture_output=True, text=True)
     assert done.stdout.strip() == reverie.__version__
+
+
+def test_without_torchvision_nothing_complains_about_it(tmp_path):
+    code = "import sys; sys.modules['torchvision'] = None; from reverie.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "quantize", "embedded:digits", *TINY, "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "torchvision::" not in done.stderr + done.stdout

@@ -16,10 +16,12 @@ Networks reach ONNX through `torch.onnx.export`, so an operator that it cannot t
 """
 
 import copy
+import logging
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -108,8 +110,7 @@ def _from_codes(codes: Any, scale: Any) -> Any:
 
 def _translate(graph: fx.GraphModule, shape: tuple[int, ...]) -> ir.Model:
     batch = {0: torch.export.Dim("batch")}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.no_grad():
         try:
             exported = torch.export.export(graph, (torch.zeros(2, *shape),), dynamic_shapes=(batch,), strict=False)
             program = torch.onnx.export(
@@ -134,6 +135,20 @@ def _translate(graph: fx.GraphModule, shape: tuple[int, ...]) -> ir.Model:
     _pad_codes(program.model.graph)
     _pool_globally(program.model.graph)
     return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from warning a user of things that are not the user's, such as a torchvision that need not be there."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _simplify(model: ir.Model) -> None:
