@@ -67,6 +67,7 @@ def test_without_labels_accuracy_is_unknown_and_agreement_is_given(tiny_cnn, qui
     assert set(done.metrics["agreement"]) == {"synthetic"}
 
 
+@pytest.mark.slow
 def test_the_same_recipe_and_seed_give_the_same_bytes_and_another_seed_others(tiny_cnn, quick, tmp_path):
     first, second = (run(quick, tiny_cnn(), output=tmp_path / name).path for name in ("first", "second"))
     other = run(read("zeroq", QUICK | {"seed": 1, "quantization.weight_bits": 4}), tiny_cnn(), output=tmp_path / "other").path
@@ -75,6 +76,7 @@ def test_the_same_recipe_and_seed_give_the_same_bytes_and_another_seed_others(ti
         assert (first / file).read_bytes() != (other / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_not_repeated(tiny_cnn, quick, tmp_path):
     first = run(quick, tiny_cnn(), output=tmp_path / "run")
     began = time.perf_counter()
@@ -83,6 +85,7 @@ def test_a_complete_run_is_not_repeated(tiny_cnn, quick, tmp_path):
     assert time.perf_counter() - began < 1
 
 
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(tiny_cnn, tmp_path):
     recipe = read("adaround", QUICK | {"reconstruction.iterations": 10})
     whole = run(recipe, tiny_cnn(), output=tmp_path / "whole").path
@@ -132,6 +135,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_completes_is_complete(tiny_cnn, quick, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
@@ -161,6 +165,7 @@ def test_another_contract_or_other_labels_are_another_run(tiny_cnn, quick, tmp_p
     assert "got one with evaluation " in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_moved_and_its_network_restored(tiny_cnn, quick, tmp_path):
     network = tiny_cnn()
     done = run(quick, network, output=tmp_path / "run")
@@ -195,6 +200,7 @@ def test_images_carry_soft_labels_and_provenance(tiny_cnn, quick, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_real_images_are_used_beside_synthetic_ones_and_alone(tiny_cnn, quick, tmp_path):
     network = tiny_cnn()
     real = network.held_out()
@@ -247,6 +253,7 @@ def test_a_network_without_batch_norm_is_refused_before_anything_is_made(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_any_channel_count_and_input_range_goes_the_whole_way(channels, tmp_path):
     with torch.random.fork_rng(devices=[]):
@@ -273,6 +280,7 @@ def test_a_preset_reads_back_as_itself(name):
     assert from_tables(tables(recipe)) == recipe
 
 
+@pytest.mark.slow
 def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     code = readme.partition("```python\n")[2].partition("```")[0]

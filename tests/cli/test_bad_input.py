@@ -223,6 +223,7 @@ def test_an_output_with_another_run_is_refused(capsys, finished):
     assert said.endswith("'; choose another --output, or delete the folder")
 
 
+@pytest.mark.slow
 def test_without_space_left_what_is_there_stays_whole_and_the_same_command_resumes(tmp_path):
     command = [sys.executable, "-m", "reverie", "synthesize", "embedded:digits", *TINY, "--output", "dreams"]
     quota = 16_000

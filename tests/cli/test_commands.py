@@ -65,6 +65,7 @@ def test_quantize_shows_a_table_and_says_which_recipe_it_chose(capsys, finished)
     assert [line.partition(":")[0] for line in lines[9:]] == ["parity", "images", "seconds", "files"]
 
 
+@pytest.mark.slow
 def test_quantize_without_labels_shows_agreement_and_writes_json_alone_to_standard_output(capfd, tmp_path):
     assert main(["quantize", "embedded:digits", "--json", "--output", str(tmp_path / "run"), *TINY]) == 0
     captured = capfd.readouterr()
@@ -76,6 +77,7 @@ def test_quantize_without_labels_shows_agreement_and_writes_json_alone_to_standa
     assert {event["stage"] for event in events} >= {"synthesize", "calibrate", "evaluate"}
 
 
+@pytest.mark.slow
 def test_a_network_from_a_python_file_is_found_again_by_later_commands(capsys, nets, weights, tmp_path):
     run, images = tmp_path / "run", tmp_path / "dreams.safetensors"
     command = ["quantize", f"{nets}:normal", *SHAPE, "--weights", weights, "--recipe", "noise", "--images", "8"]
@@ -157,6 +159,7 @@ def test_evaluate_tells_standard_error_how_far_it_is(capfd, finished, tmp_path):
     assert (events[-1]["done"], events[-1]["total"]) == (10, 10)
 
 
+@pytest.mark.slow
 def test_export_writes_the_same_bytes_again(capsys, finished, tmp_path):
     shown = said(capsys, "export", finished, "--output", tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == (finished / "network.onnx").read_bytes()
@@ -278,6 +281,7 @@ def test_the_module_runs_like_the_command():
     assert done.stdout.strip() == reverie.__version__
 
 
+@pytest.mark.slow
 def test_without_torchvision_nothing_complains_about_it(tmp_path):
     code = "import sys; sys.modules['torchvision'] = None; from reverie.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "quantize", "embedded:digits", *TINY, "--output", str(tmp_path / "run")]

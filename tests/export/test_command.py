@@ -37,6 +37,7 @@ def leave_in_float(monkeypatch):
     monkeypatch.setattr(verify, "float_layers", lambda model, layers: list(layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "expected"), [(damage, "logits: onnxruntime must compute them"), (leave_in_float, "layers must run as integers")]
 )

@@ -43,6 +43,7 @@ def test_the_quantized_network_is_left_as_it_was(written, images):
         assert torch.equal(before, quantized.graph(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20", "mlperf_tiny_resnet8"])
 def test_it_holds_on_real_networks_and_images(assets, quantizer, tmp_path, name):
     spec = importlib.util.spec_from_file_location("assets_models", assets / "models.py")

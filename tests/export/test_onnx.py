@@ -37,6 +37,7 @@ def test_onnxruntime_computes_every_tensor_to_a_step_of_the_student_and_all_in_i
     assert not found.keys() & {"DequantizeLinear", "Conv", "Gemm", "Add", "Concat", "Relu", "Clip", "GlobalAveragePool"}
 
 
+@pytest.mark.slow
 def test_resnet20_runs_as_integers_and_loses_nothing_on_the_way_to_the_file(assets, quantizer, tmp_path):
     spec = importlib.util.spec_from_file_location("export_asset_models", assets / "models.py")
     helpers = importlib.util.module_from_spec(spec)
