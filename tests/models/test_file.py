@@ -38,6 +38,7 @@ def refusal(error, name, **options):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_resnet20_reads_cifar10_as_well_as_its_authors_measured(assets, cifar):
     weights = assets / "nets" / "cifar10" / "resnet20.pth"
     network = models.load(f"{assets / 'models.py'}:CifarResNet", weights=weights, **CIFAR)

@@ -114,6 +114,7 @@ def test_a_failing_download_from_torchvision_is_one_line(monkeypatch, tmp_path):
 
 
 @needs_libraries
+@pytest.mark.slow
 def test_a_failing_download_from_the_hub_is_one_line(tmp_path):
     program = "from reverie import models\ntry:\n    models.load('timm:resnet18')\nexcept models.ModelError as error:\n    print(error)"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
