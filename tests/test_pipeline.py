@@ -41,6 +41,7 @@ def test_a_run_leaves_what_the_design_says_and_nothing_else(tiny_cnn, quick, tmp
         "metrics.json",
         "network.onnx",
         "network.safetensors",
+        "plots",
         "recipe.toml",
         "report.html",
         "run.json",
@@ -56,6 +57,8 @@ def test_a_run_leaves_what_the_design_says_and_nothing_else(tiny_cnn, quick, tmp
     assert metrics["latency_ms"]["ratio"] == pytest.approx(metrics["latency_ms"]["fp32"] / metrics["latency_ms"]["quantized"])
     assert set(metrics["seconds"]) == {"capture", "synthesize", "quantize", "export", "measure"}
     assert metrics["peak_memory_bytes"] > 1e8
+    assert sorted(path.name for path in (done.path / "plots").iterdir()) == ["deviations.png", "features.png"]
+    assert set(metrics["images"]["separation"]) == {"zeroq", "real"}
     assert metrics["images"]["count"] == 16 and metrics["images"]["source"] == {"zeroq": 16}
     assert metrics["agreement"]["synthetic"]["images"] == 8
     assert from_tables(tomllib.loads((done.path / "recipe.toml").read_text())) == quick

@@ -31,17 +31,94 @@ def stream():
     return io.StringIO()
 
 
-def test_lines_come_at_the_start_every_five_seconds_and_at_the_end(clock, stream):
+def test_lines_come_at_the_start_with_an_estimate_every_five_seconds_and_at_the_end(clock, stream):
     with Lines(stream, clock).stage("synthesize", 100) as step:
         for _ in range(100):
             clock.now += 0.125
             step(note="loss 0.4")
     assert stream.getvalue().splitlines() == [
-        "synthesize: started",
-        "synthesize: 40%, 7.5 s left, loss 0.4",
-        "synthesize: 80%, 2.5 s left, loss 0.4",
+        "synthesize: started, 100 steps",
+        "synthesize: 20 of 100 steps took 2.5 s, so about 12 s in all",
+        "synthesize: 60%, 5.0 s left, loss 0.4",
         "synthesize: done after 12 s",
     ]
+
+
+@pytest.mark.parametrize(
+    ("total", "seconds", "expected"),
+    [
+        (400, 0.3, ["20 of 400 steps took 6.0 s, so about 2 min in all"]),
+        (200, 0.3, ["20 of 200 steps took 6.0 s, so about 1 min 0 s in all"]),
+        (40000, 0.3, ["20 of 40000 steps took 6.0 s, so about 3 h 20 min in all"]),
+        # Quick stages stay quiet, and so do short ones.
+        (400, 0.01, []),
+        (19, 10.0, []),
+    ],
+)
+def test_a_log_says_once_what_a_stage_will_take(clock, stream, total, seconds, expected):
+    with Lines(stream, clock).stage("distil", total) as step:
+        for _ in range(min(total, 30)):
+            clock.now += seconds
+            step()
+    told = [line for line in stream.getvalue().splitlines() if " took " in line]
+    assert told == [f"distil: {line}" for line in expected]
+    assert stream.getvalue().startswith(f"distil: started, {total} steps\n" if total >= 20 else "distil: started\n")
+
+
+def test_steps_that_were_done_before_are_no_work(clock, stream):
+    with Lines(stream, clock).stage("distil", 400, done=160) as step:
+        for _ in range(20):
+            clock.now += 0.3
+            step()
+    assert stream.getvalue().splitlines() == [
+        "distil: started, 400 steps, 160 of them done before",
+        "distil: 44%, 1 min 7 s left",
+        "distil: 20 of 240 steps took 6.0 s, so about 1 min 12 s in all",
+        "distil: stopped at 180 of 400 after 6.0 s",
+    ]
+
+
+def test_steps_and_seconds_of_skipping_are_no_work(clock, stream):
+    progress = JsonLines(stream, clock)
+    progress.plan({"synthesize": 1.0, "round": 1.0})
+    with progress.stage("synthesize", 10, done=10):
+        pass
+    with progress.stage("round", 100) as step:
+        clock.now += 3
+        step(50, skipped=True)
+        clock.now += 10
+        step(10)
+        clock.now += 2
+        step(20, skipped=True)
+        clock.now += 10
+        step(10)
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    keys = ("event", "done", "seconds", "seconds_left", "seconds_left_overall")
+    assert [tuple(event[key] for key in keys) for event in events] == [
+        ("start", 10, 0, 0, None),
+        ("finish", 10, 0, 0, None),
+        ("start", 0, 0, None, None),
+        ("advance", 50, 3, None, None),
+        ("advance", 60, 13, 40, 40),
+        ("advance", 80, 15, 20, 20),
+        ("advance", 90, 25, 10, 10),
+        ("finish", 90, 25, 10, 10),
+    ]
+
+
+def test_what_is_said_stands_among_the_rest(clock, stream, capsys):
+    Lines(stream, clock).say("fdda: [big] generator")
+    JsonLines(stream, clock).say("fdda: [big] generator")
+    assert stream.getvalue() == 'fdda: [big] generator\n{"event": "note", "text": "fdda: [big] generator"}\n'
+    Silent().say("nothing")
+    bars = Bars(clock)
+    bars.say("before")
+    with bars.stage("synthesize", 2, done=1) as step:
+        bars.say("fdda: [big] generator")
+        step()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("before\n") and "fdda: [big] generator\n" in captured.err
 
 
 def test_time_left_overall_counts_the_stages_to_come_and_leaves_out_those_skipped(clock, stream):

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from reverie.pipeline import Run, run, synthesize
     from reverie.recipe import Recipe
     from reverie.recipe import read as read_recipe
+    from reverie.synthesis._capsule import Capsule, capsule_of, load_capsule, save_capsule
 
     __version__: str
 
 __all__ = [
+    "Capsule",
     "ConfigError",
     "ExportError",
     "Images",
@@ -34,13 +36,17 @@ __all__ = [
     "ReverieError",
     "Run",
     "__version__",
+    "capsule_of",
+    "load_capsule",
     "load_network",
     "read_recipe",
     "run",
+    "save_capsule",
     "synthesize",
 ]
 
 _HOMES = {
+    "Capsule": "synthesis._capsule",
     "ConfigError": "errors",
     "ExportError": "errors",
     "Images": "images",
@@ -50,9 +56,12 @@ _HOMES = {
     "Recipe": "recipe",
     "ReverieError": "errors",
     "Run": "pipeline",
+    "capsule_of": "synthesis._capsule",
+    "load_capsule": "synthesis._capsule",
     "load_network": "models:load",
     "read_recipe": "recipe:read",
     "run": "pipeline",
+    "save_capsule": "synthesis._capsule",
     "synthesize": "pipeline",
 }
 

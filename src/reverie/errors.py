@@ -4,6 +4,7 @@
       ConfigError   the request is wrong: unknown name, value out of range   (also ValueError)
       ModelError    the request is fine, this network cannot satisfy it
       ExportError   the target format or runtime cannot express the result
+      DivergenceError   training went out of hand with these settings
 
 A message has one form, `place: what must hold, got value; cure`: lower case, one line, no full stop. The place is added
 by whoever knows it, with `at`, not by the thrower.
@@ -29,6 +30,10 @@ class ModelError(ReverieError):
 
 class ExportError(ReverieError):
     """The target format or runtime cannot express the result, or disagrees with it."""
+
+
+class DivergenceError(ReverieError):
+    """Training went out of hand: a loss became infinite or undefined, or exploded."""
 
 
 @contextmanager

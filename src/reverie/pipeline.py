@@ -1,6 +1,6 @@
 """The table of contents: a network in, a verified integer model out.
 
-    load -> capture -> synthesize -> place, calibrate, round, correct -> export -> verify -> measure -> report
+    load -> capture -> synthesize -> place, calibrate, distil or round, correct -> export -> verify -> measure -> report
 
 Each stage is a function of what came before; what takes long keeps checkpoints, so that the same call again goes on
 where a killed run stopped and ends with the same bytes.
@@ -13,15 +13,16 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from reverie.checkpoints import Folder, Forgetful
-from reverie.errors import ConfigError
+from reverie.budget import Schedule, check_budget, fit
+from reverie.checkpoints import Folder
+from reverie.errors import ConfigError, at
 from reverie.export._packed import write_packed
 from reverie.graph.capture import capture
 from reverie.graph.equalize import equalize
@@ -29,21 +30,30 @@ from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Student, place
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.images import Images
+from reverie.images.augment import Augmentation
+from reverie.images.source import Augmented, Mixed, Shuffled, Source
 from reverie.images.store import contact_sheet, load_images, save_images, save_pngs
 from reverie.models import Network
 from reverie.progress import Progress, Silent
 from reverie.randomness import Seed
 from reverie.recipe import Quantization, Recipe, to_toml
+from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
+from reverie.recovery.clipping import clip_activations, excite
+from reverie.recovery.distillation import distil
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights
+from reverie.report import plots, separation
 from reverie.report.fidelity import describe
 from reverie.report.metrics import collect
 from reverie.report.render import render
 from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
-from reverie.synthesis import Teacher, lacks_batch_norm
+from reverie.synthesis import ImageStream, Streaming, Teacher, lacks_batch_norm, lacks_capsule
+from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule, save_capsule
 
 _IMAGE_SETS = ("images", "held-out")
+# Real images with which synthetic ones are compared.
+_COMPARED = 256
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,11 @@ def run(
     *,
     output: Path | str | None = None,
     calibration: Images | None = None,
+    capsule: Capsule | None = None,
     evaluation: Images | None = None,
     unlabelled: Images | None = None,
     device: str = "cpu",
+    budget: float | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Quantizes `network` as `recipe` says, exports it, proves it, measures it, and writes the run directory.
@@ -80,9 +92,11 @@ def run(
     Args:
         output: The run directory; None means `runs/NETWORK-wNaN`. An interrupted run in it goes on, a complete one is answered.
         calibration: Real images in network input units, used beside the synthetic ones.
+        capsule: What real images told about each class, for the methods that need it; None makes it of `calibration`.
         evaluation: Labelled images for accuracy; nothing is tuned on them.
         unlabelled: Images for agreement.
         device: Where synthesis and rounding happen.
+        budget: Minutes that the stages that learn may take (`budget.py`); None for the recipe's own steps.
 
     Raises:
         ConfigError: The request is wrong, the output folder is not ours, no space is left.
@@ -90,27 +104,33 @@ def run(
         ExportError: The file could not be made, or ONNX Runtime does not compute what the student does.
     """
     progress = Silent() if progress is None else progress
-    check(recipe, network, calibrated=calibration is not None, device=device)
+    check(recipe, network, calibrated=calibration is not None, capsule=capsule is not None, device=device, budget=budget)
     sets = {"calibration": calibration, "evaluation": evaluation, "unlabelled": unlabelled}
+    given = {name: _digest(part) for name, part in sets.items()} | {"capsule": _capsule_digest(capsule)}
+    given["budget"] = "none" if budget is None else f"{budget:g} min"
     bits = recipe.quantization
     folder = Path(output or default_output(network.name, bits.weight_bits, bits.activation_bits))
-    with _working_in(folder, recipe, network, device, {name: _digest(part) for name, part in sets.items()}) as directory:
+    with _working_in(folder, recipe, network, device, given) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         progress.plan(_plan(recipe))
         with _timed(directory, "capture"):
-            teacher = as_teacher(network, device)
+            teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
+            if teacher.capsule is not None:
+                save_capsule(teacher.capsule, directory.path / "capsule.safetensors")
+        if budget is not None:
+            recipe = _within(budget, recipe, teacher, calibration, directory, progress)
         with _timed(directory, "synthesize"):
             images = _images(recipe, teacher, directory, "images", progress)
             held_out = _images(recipe, teacher, directory, "held-out", progress)
             if images is not None:
                 write_images(images, teacher, directory.path, limit=32)
-        parts = {_method(recipe): images, "real": calibration}
+        parts = {_method(recipe): images, "real": _answered(calibration, teacher)}
         used = {name: part for name, part in parts.items() if part is not None}
         everything = Images.concatenate(list(used.values()))
 
         with _timed(directory, "quantize"):
-            reference, quantized, errors = quantize(recipe, teacher, everything, directory, progress)
+            reference, quantized, learned = quantize(recipe, teacher, used, directory, progress)
         with _timed(directory, "export"):
             facts = {"reverie.network": network.name, "reverie.recipe": recipe.fingerprint}
             packed = directory.path / "network.safetensors"
@@ -135,11 +155,13 @@ def run(
             )
             if unproven is not None:
                 unproven.replace(directory.path / "network.onnx")
-            about = _about(everything, teacher, {name: len(part) for name, part in used.items()})
+            real = evaluation if evaluation is not None and len(evaluation) else calibration
+            about = _about(used, teacher, real, directory)
         metrics = {
             **_facts(network),
             "quantization": asdict(recipe.quantization),
-            "rounding_errors": {name: {"before": before, "after": after} for name, (before, after) in errors.items()},
+            **({} if budget is None else {"budget": directory.record["facts"]["budget"]}),
+            **learned,
             **measured,
             "images": about,
             **_cost(directory, device),
@@ -151,23 +173,34 @@ def run(
 
 
 def run_synthesis(
-    recipe: Recipe, network: Network, *, output: Path | str, device: str = "cpu", progress: Progress | None = None
+    recipe: Recipe,
+    network: Network,
+    *,
+    output: Path | str,
+    calibration: Images | None = None,
+    capsule: Capsule | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Run:
-    """The recipe's images alone, with what is measured about them, in the folder `output`; arguments and errors as for `run`."""
+    """The recipe's images alone, with what is measured about them, in the folder `output`; arguments and errors as for `run`.
+
+    Real images given as `calibration` are what a capsule is made of, and what the synthetic ones are compared with.
+    """
     progress = Silent() if progress is None else progress
     if recipe.images == 0:
         raise ConfigError("images must be at least 1, got 0")
-    check(recipe, network, calibrated=False, device=device)
-    with _working_in(Path(output), recipe, network, device, {"only": "images"}) as directory:
+    check(recipe, network, calibrated=calibration is not None, capsule=capsule is not None, device=device)
+    given = {"only": "images", "calibration": _digest(calibration), "capsule": _capsule_digest(capsule)}
+    with _working_in(Path(output), recipe, network, device, given) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         with _timed(directory, "capture"):
-            teacher = as_teacher(network, device)
+            teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
         with _timed(directory, "synthesize"):
             images = _images(recipe, teacher, directory, "images", progress)
             assert images is not None
             write_images(images, teacher, directory.path, limit=None)
-        about = _about(images, teacher, {_method(recipe): len(images)})
+        about = _about({_method(recipe): images}, teacher, calibration, directory)
         metrics = {**_facts(network), "images": about, **_cost(directory, device)}
         atomic_json(directory.path / "metrics.json", metrics)
         directory.complete()
@@ -178,18 +211,45 @@ def run_synthesis(
 def _working_in(folder: Path, recipe: Recipe, network: Network, device: str, more: dict[str, str]) -> Iterator[RunDirectory]:
     """The run directory, opened for this recipe and network (and what `more` identifies), its recipe and facts written."""
     with RunDirectory.open(folder, identity(recipe, network) | more) as directory:
-        atomic_text(directory.path / "recipe.toml", to_toml(recipe))
+        kept = directory.record["facts"].get("budget")
+        atomic_text(directory.path / "recipe.toml", to_toml(Schedule(**kept).shorten(recipe) if kept else recipe))
         directory.note(network=network.name, options=network.options, seed=recipe.seed, device=device)
         yield directory
+
+
+def _within(
+    budget: float, recipe: Recipe, teacher: Teacher, real: Images | None, directory: RunDirectory, progress: Progress
+) -> Recipe:
+    """The recipe, shortened to `budget` minutes by what the first process of the run measured."""
+    if "budget" not in directory.record["facts"]:
+        try:
+            with _timed(directory, "budget"):
+                directory.note(budget=asdict(fit(recipe, teacher, real, budget, progress=progress)))
+        except ConfigError:
+            # Nothing has been learned yet: the folder is to be free for another budget.
+            for name in ("run.json", "recipe.toml", "capsule.safetensors"):
+                (directory.path / name).unlink(missing_ok=True)
+            raise
+    schedule = Schedule(**directory.record["facts"]["budget"])
+    progress.say(schedule.told(recipe))
+    shortened = schedule.shorten(recipe)
+    atomic_text(directory.path / "recipe.toml", to_toml(shortened))
+    return shortened
 
 
 def _plan(recipe: Recipe) -> dict[str, float]:
     """The stages that take time, with relative costs as seen on small networks."""
     plan = {"synthesize": 6.0, "calibrate": 0.5}
+    if recipe.clipping.images:
+        plan["excite"] = 2.0
+    if recipe.distillation.steps:
+        plan["distil"] = 12.0
     if recipe.rounding.learned:
         plan["round"] = 6.0
     if recipe.quantization.bias_correction:
         plan["correct biases"] = 0.5
+    if recipe.quantization.batch_norm_adaptation:
+        plan["adapt batch norms"] = 0.5
     return plan | {"evaluate": 2.0}
 
 
@@ -199,9 +259,24 @@ def identity(recipe: Recipe, network: Network) -> dict[str, str]:
     return {"recipe": recipe.fingerprint, "network": network.fingerprint, "input": contract}
 
 
-def check(recipe: Recipe, network: Network, *, calibrated: bool, device: str) -> None:
-    """Refuses, before anything expensive, what is bound to fail later; `calibrated` tells whether there are real images."""
-    _check_device(device)
+def check(
+    recipe: Recipe,
+    network: Network,
+    *,
+    calibrated: bool,
+    device: str,
+    capsule: bool = False,
+    budget: float | None = None,
+) -> None:
+    """Refuses, before anything expensive, what is bound to fail later.
+
+    Args:
+        calibrated, capsule: Whether there are real images, and a capsule.
+        budget: Minutes, if there is one.
+    """
+    check_device(device)
+    if budget is not None:
+        check_budget(budget)
     if recipe.images == 0 and not calibrated:
         raise ConfigError("images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some")
     if recipe.quantization.placement == "literature" and recipe.export is not None:
@@ -210,6 +285,8 @@ def check(recipe: Recipe, network: Network, *, calibrated: bool, device: str) ->
             f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
         )
     synthesizes = recipe.images > 0 or recipe.held_out > 0
+    if synthesizes and recipe.synthesis.needs_capsule and not (calibrated or capsule):
+        raise lacks_capsule(network.name, _method(recipe))
     # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
     if synthesizes and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
         raise lacks_batch_norm(network.name, _method(recipe))
@@ -224,10 +301,28 @@ def as_teacher(network: Network, device: str = "cpu") -> Teacher:
     return Teacher(graph, network.input, network.classes, network.name, network.fingerprint)
 
 
-def synthesize(recipe: Recipe, teacher: Teacher, count: int, *, seed: Seed, folder: Path | None, progress: Progress) -> Images:
-    """`count` images by the recipe's method, with the teacher's answers and their provenance."""
-    checkpoints = Forgetful() if folder is None else Folder(folder)
-    images = recipe.synthesis(teacher, count, seed=seed, checkpoints=checkpoints, progress=progress)
+def with_capsule(teacher: Teacher, recipe: Recipe, calibration: Images | None, capsule: Capsule | None) -> Teacher:
+    """The teacher with what real images tell about its classes, if the recipe's method reads that."""
+    if not recipe.synthesis.needs_capsule:
+        return teacher
+    if capsule is None:
+        assert calibration is not None
+        with at("calibration images"):
+            capsule = capsule_of(teacher, calibration)
+    else:
+        with at("capsule"):
+            check_capsule(capsule, teacher)
+    return replace(teacher, capsule=capsule)
+
+
+def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, folder: Path, progress: Progress) -> Images:
+    """`count` images of the set `name` by the recipe's method, with the teacher's answers and their provenance."""
+    seed, method = Seed(recipe.seed, (name,)), recipe.synthesis
+    if isinstance(method, Streaming):
+        # One generator makes both sets: a second one would cost as much again.
+        images = _stream(recipe, method, teacher, folder, progress).sample(count, seed)
+    else:
+        images = method(teacher, count, seed=seed, checkpoints=Folder(folder / name), progress=progress)
     provenance = {
         "method": _method(recipe),
         "recipe": recipe.fingerprint,
@@ -241,6 +336,12 @@ def synthesize(recipe: Recipe, teacher: Teacher, count: int, *, seed: Seed, fold
         sources=images.sources,
         provenance=provenance,
     )
+
+
+def _stream(recipe: Recipe, method: Streaming, teacher: Teacher, folder: Path, progress: Progress) -> ImageStream:
+    """The recipe's generator after its warm-up, whose end is a checkpoint."""
+    seed = Seed(recipe.seed, ("images",))
+    return method.stream(teacher, seed=seed, checkpoints=Folder(folder / "images"), progress=progress)
 
 
 def write_images(images: Images, teacher: Teacher, path: Path, *, limit: int | None) -> None:
@@ -265,26 +366,47 @@ def student_of(graph: fx.GraphModule, settings: Quantization) -> tuple[fx.GraphM
 
 
 def quantize(
-    recipe: Recipe, teacher: Teacher, images: Images, directory: RunDirectory, progress: Progress
-) -> tuple[fx.GraphModule, QuantizedNetwork, dict[str, tuple[float, float]]]:
-    """The reference graph, the integer model, and what learned rounding did to each unit's error."""
-    reference, student = student_of(teacher.graph, recipe.quantization)
-    inputs = images.inputs.to(teacher.device)
-    calibrate_activations(reference, student, inputs, recipe.activations, batch=64, progress=progress)
+    recipe: Recipe, teacher: Teacher, images: dict[str, Images], directory: RunDirectory, progress: Progress
+) -> tuple[fx.GraphModule, QuantizedNetwork, dict[str, Any]]:
+    """The reference graph, the integer model, and what is to be told about how it was learned.
+
+    Args:
+        images: The sets by name; "real" are the user's own.
+    """
+    settings = recipe.quantization
+    reference, student = student_of(teacher.graph, settings)
+    inputs = torch.cat([part.inputs for part in images.values()]).to(teacher.device)
+    checkpoint, seed = directory.checkpoint, Seed(recipe.seed)
+    if recipe.clipping.images:
+        parts = Folder(checkpoint("excited"))
+        excited = excite(teacher, recipe.clipping, seed=seed.at("excite"), checkpoints=parts, progress=progress)
+        clip_activations(reference, student, excited.to(teacher.device), recipe.clipping, progress=progress)
+    else:
+        calibrate_activations(reference, student, inputs, recipe.activations, batch=64, progress=progress)
     calibrate_weights(student, recipe.weights)
+    learned: dict[str, Any] = {}
+    if recipe.distillation.steps:
+        source, composition = _source(recipe, teacher, images, directory.path / "checkpoints", progress)
+        parts = Folder(checkpoint("distillation"))
+        distil(teacher.graph, student, source, recipe.distillation, checkpoints=parts, progress=progress)
+        learned["distillation"] = asdict(recipe.distillation) | {"images_of_a_step": composition}
     errors = round_weights(
         reference,
         student,
         inputs,
         recipe.rounding,
         recipe.reconstruction,
-        seed=Seed(recipe.seed, ("round",)),
-        checkpoints=Folder(directory.checkpoint("rounding")),
+        weights=_share_weights(recipe, images),
+        seed=seed.at("round"),
+        checkpoints=Folder(checkpoint("rounding")),
         progress=progress,
     )
-    if recipe.quantization.bias_correction:
+    learned["rounding_errors"] = {name: {"before": before, "after": after} for name, (before, after) in errors.items()}
+    if settings.batch_norm_adaptation:
+        adapt_batch_norms(reference, student, inputs, progress=progress)
+    if settings.bias_correction:
         correct_biases(reference, student, inputs, progress=progress)
-    return reference, finish(student), errors
+    return reference, finish(student), learned
 
 
 def _images(recipe: Recipe, teacher: Teacher, directory: RunDirectory, name: str, progress: Progress) -> Images | None:
@@ -295,13 +417,59 @@ def _images(recipe: Recipe, teacher: Teacher, directory: RunDirectory, name: str
     if directory.done(name) and file.is_file():
         return load_images(file)
     began = time.perf_counter()
-    folder = directory.checkpoint(name)
-    seed = Seed(recipe.seed, (name,))
-    images = synthesize(recipe, teacher, count, seed=seed, folder=folder, progress=progress)
+    images = synthesize(recipe, teacher, count, name, directory.path / "checkpoints", progress)
     file.parent.mkdir(exist_ok=True)
     save_images(images, file)
     directory.finish(name, time.perf_counter() - began)
     return images
+
+
+def _answered(images: Images | None, teacher: Teacher) -> Images | None:
+    """The user's images with the teacher's answers."""
+    return None if images is None else replace(images, logits=teacher.logits(images.inputs))
+
+
+def _real_share(recipe: Recipe, images: dict[str, Images]) -> float:
+    """The share of real images in what is learned from: what the recipe says, or their share of all images."""
+    if "real" not in images or len(images) == 1:
+        return float("real" in images)
+    return recipe.real_share or len(images["real"]) / sum(len(part) for part in images.values())
+
+
+def _share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:
+    """How often each image is to be drawn; None for all alike."""
+    if not recipe.real_share or len(images) == 1:
+        return None
+    share = _real_share(recipe, images)
+    shares = ((share if name == "real" else 1 - share) for name in images)
+    return torch.cat([torch.full((len(part),), each / len(part)) for part, each in zip(images.values(), shares, strict=True)])
+
+
+def _source(
+    recipe: Recipe, teacher: Teacher, images: dict[str, Images], folder: Path, progress: Progress
+) -> tuple[Source, dict[str, int]]:
+    """Where distillation gets its batches from, and how many images of which kind each holds."""
+    settings, method, share = recipe.distillation, recipe.synthesis, _real_share(recipe, images)
+    seed, device = Seed(recipe.seed, ("distillation",)), teacher.device
+    crops = Augmentation(settings.smallest_crop, settings.flip) if settings.smallest_crop < 1 else None
+    real_crops = Augmentation(settings.smallest_real_crop, settings.flip) if settings.smallest_real_crop < 1 else None
+    if share == 1:
+        source = Shuffled(images["real"], settings.batch, seed=seed.at("real"), device=device, augmentation=real_crops)
+        return source, {"real": settings.batch}
+    name = _method(recipe)
+    synthetic: Source
+    if isinstance(method, Streaming):
+        size, synthetic = method.batch, _stream(recipe, method, teacher, folder, progress)
+        if crops is not None:
+            synthetic = Augmented(synthetic, crops, seed=seed.at("crops"))
+    else:
+        size = settings.batch
+        synthetic = Shuffled(images[name], size, seed=seed.at("synthetic"), device=device, augmentation=crops)
+    count = round(size * share / (1 - share))
+    if count == 0:
+        return synthetic, {name: size}
+    real = Shuffled(images["real"], count, seed=seed.at("real"), device=device, augmentation=real_crops)
+    return Mixed(synthetic, real), {name: size, "real": count}
 
 
 @contextmanager
@@ -312,7 +480,8 @@ def _timed(directory: RunDirectory, stage: str) -> Iterator[None]:
     directory.finish(stage, time.perf_counter() - began)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuses a device that PyTorch cannot use here."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
@@ -324,8 +493,38 @@ def _facts(network: Network) -> dict[str, Any]:
     return {"network": {"name": network.name, "fingerprint": network.fingerprint, "classes": network.classes}}
 
 
-def _about(images: Images, teacher: Teacher, source: dict[str, int]) -> dict[str, Any]:
-    return {"count": len(images), "source": source, "diversity": describe(teacher, images)}
+def _about(used: dict[str, Images], teacher: Teacher, real: Images | None, directory: RunDirectory) -> dict[str, Any]:
+    """What is known of the images that were used; with pictures in the run directory where matplotlib is there.
+
+    Args:
+        real: Images to compare the others with, if there are any.
+    """
+    everything = Images.concatenate(list(used.values()))
+    found: dict[str, Any] = {
+        "count": len(everything),
+        "source": {name: len(part) for name, part in used.items()},
+        "diversity": describe(teacher, everything),
+    }
+    if teacher.capsule is not None:
+        capsule = teacher.capsule
+        found["capsule"] = {"classes": capsule.classes, "missing": capsule.missing, "misclassified": capsule.wrong}
+    sets = used if real is None else used | {"real": _some(real)}
+    found["separation"] = separation.describe(teacher, sets)
+    if plots.available():
+        (directory.path / "plots").mkdir(exist_ok=True)
+        plots.feature_plane(directory.path / "plots" / "features.png", teacher, sets)
+        plots.deviation_histograms(directory.path / "plots" / "deviations.png", teacher, sets)
+    return found
+
+
+def _some(images: Images) -> Images:
+    """At most as many images as a comparison needs, evenly from all."""
+    chosen = torch.linspace(0, len(images) - 1, min(len(images), _COMPARED)).long()
+    return Images(
+        inputs=images.inputs[chosen],
+        labels=None if images.labels is None else images.labels[chosen],
+        sources=tuple(images.sources[index] for index in chosen.tolist()) if images.sources else (),
+    )
 
 
 def _cost(directory: RunDirectory, device: str) -> dict[str, Any]:
@@ -347,6 +546,15 @@ def _digest(images: Images | None) -> str:
     digest = hashlib.sha256(images.inputs.contiguous().numpy().data)
     if images.labels is not None:
         digest.update(images.labels.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _capsule_digest(capsule: Capsule | None) -> str:
+    if capsule is None:
+        return "none"
+    digest = hashlib.sha256(capsule.fingerprint.encode())
+    for part in (capsule.count, capsule.correct, *capsule.mean, *capsule.variance):
+        digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -6,16 +6,24 @@
         step()
 
 The time left of a stage is its time so far x steps left / steps done; the time left overall is the same in units of the
-plan, over the stages that really ran here (stages that a resumed run skips count neither way).
+plan, over the stages that really ran here (stages that a resumed run skips count neither way). Steps that a resumed stage
+need not do again are told as `done` at its start or with `step(k, skipped=True)`: neither they nor the time that skipping
+them took count as work.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 5.0
+# After so many steps a log says how long the stage will take; a stage with fewer has no estimate.
+FIRST_STEPS = 20
 
 
 @runtime_checkable
@@ -37,12 +45,20 @@ class Progress(Protocol):
         """The stages to come, in order, with their relative costs."""
         ...
 
-    def start(self, stage: str, total: int) -> None:
-        """`stage` begins and has `total` steps."""
+    def say(self, text: str) -> None:
+        """A line of information, during a stage or between two."""
         ...
 
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        """`amount` steps are done; `note` is a short word on how it goes, such as the loss."""
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        """`stage` begins and has `total` steps, `done` of which an earlier process did."""
+        ...
+
+    def advance(self, amount: int = 1, note: str = "", *, skipped: bool = False) -> None:
+        """`amount` steps are done; `note` is a short word on how it goes, such as the loss.
+
+        Args:
+            skipped: They were done by an earlier process.
+        """
         ...
 
     def finish(self) -> None:
@@ -50,9 +66,9 @@ class Progress(Protocol):
         ...
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
         """Starts the stage, gives `advance`, and finishes it in any case."""
-        self.start(name, total)
+        self.start(name, total, done)
         try:
             yield self.advance
         finally:
@@ -65,10 +81,13 @@ class Silent(Progress):
     def plan(self, stages: dict[str, float]) -> None:
         pass
 
-    def start(self, stage: str, total: int) -> None:
+    def say(self, text: str) -> None:
         pass
 
-    def advance(self, amount: int = 1, note: str = "") -> None:
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, amount: int = 1, note: str = "", *, skipped: bool = False) -> None:
         pass
 
     def finish(self) -> None:
@@ -86,33 +105,51 @@ class _Timed(Progress):
     def plan(self, stages: dict[str, float]) -> None:
         self._plan = dict(stages)
 
-    def start(self, stage: str, total: int) -> None:
-        self.name, self.total, self.done, self.note = stage, total, 0, ""
-        self._began = self._clock()
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        self.name, self.total, self.done, self.note = stage, total, done, ""
+        self.skipped, self._seconds_skipping = done, 0.0
+        self._began = self._latest = self._clock()
         self._show("start")
 
-    def advance(self, amount: int = 1, note: str = "") -> None:
+    def advance(self, amount: int = 1, note: str = "", *, skipped: bool = False) -> None:
+        now = self._clock()
+        if skipped:
+            self.skipped += amount
+            self._seconds_skipping += now - self._latest
+        self._latest = now
         self.done, self.note = self.done + amount, note
         self._show("advance")
 
     def finish(self) -> None:
         self._show("finish")
         if self.name in self._plan:
-            self._worked += self._plan[self.name] * self.fraction
-            self._seconds_worked += self.seconds
+            self._worked += self._plan[self.name] * self.fraction_worked
+            self._seconds_worked += self.seconds_working
 
     @property
     def fraction(self) -> float:
         return min(self.done / self.total, 1.0) if self.total else 1.0
 
     @property
+    def fraction_worked(self) -> float:
+        """What of `fraction` was done here, and not skipped."""
+        return min((self.done - self.skipped) / self.total, 1.0) if self.total else 1.0
+
+    @property
     def seconds(self) -> float:
         return self._clock() - self._began
 
     @property
+    def seconds_working(self) -> float:
+        """What of `seconds` did not go into skipping."""
+        return self.seconds - self._seconds_skipping
+
+    @property
     def seconds_left(self) -> float | None:
         """Of the stage; None before its first step."""
-        return self.seconds * (1 - self.fraction) / self.fraction if self.fraction else None
+        if self.fraction == 1:
+            return 0.0
+        return self.seconds_working * (1 - self.fraction) / self.fraction_worked if self.fraction_worked else None
 
     @property
     def seconds_left_overall(self) -> float | None:
@@ -121,9 +158,9 @@ class _Timed(Progress):
         if self.name not in stages:
             return None
         weight = self._plan[self.name]
-        worked = self._worked + weight * self.fraction
+        worked = self._worked + weight * self.fraction_worked
         to_come = weight * (1 - self.fraction) + sum(self._plan[name] for name in stages[stages.index(self.name) + 1 :])
-        return (self._seconds_worked + self.seconds) * to_come / worked if worked else None
+        return (self._seconds_worked + self.seconds_working) * to_come / worked if worked else None
 
     def _left_text(self) -> str:
         """Such as `12 s left, 3 min overall, loss 0.4`; empty before the first step."""
@@ -136,20 +173,35 @@ class _Timed(Progress):
 
 
 class Lines(_Timed):
-    """Plain lines: one at the start, at most one every five seconds, one at the end."""
+    """Plain lines: one at the start, what it will take after the first steps, one every five seconds at most, one at the end."""
 
     def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
         self._stream = stream
 
+    def say(self, text: str) -> None:
+        self._write(text)
+
     def _show(self, event: str) -> None:
         if event == "start":
-            self._write(f"{self.name}: started")
+            self._estimated = False
+            steps = f", {self.total} steps" if self.total >= FIRST_STEPS else ""
+            self._write(f"{self.name}: started{steps}{f', {self.done} of them done before' if self.done else ''}")
         elif event == "finish":
             outcome = "done" if self.done >= self.total else f"stopped at {self.done} of {self.total}"
             self._write(f"{self.name}: {outcome} after {duration_text(self.seconds)}")
+        elif not self._estimated and self.done - self.skipped >= FIRST_STEPS:
+            self._estimated = True
+            self._estimate()
         elif self._clock() - self._written >= SECONDS_BETWEEN_LINES and self.done < self.total:
             self._write(f"{self.name}: {self.fraction:.0%}, {self._left_text()}")
+
+    def _estimate(self) -> None:
+        """Says what the stage takes in all, unless it is as good as over."""
+        so_far, left = self.seconds_working, self.seconds_left
+        if left is not None and left > SECONDS_BETWEEN_LINES:
+            steps = f"{self.done - self.skipped} of {self.total - self.skipped} steps"
+            self._write(f"{self.name}: {steps} took {duration_text(so_far)}, so about {_about_text(so_far + left)} in all")
 
     def _write(self, line: str) -> None:
         self._written = self._clock()
@@ -164,10 +216,16 @@ class JsonLines(_Timed):
         super().__init__(clock)
         self._stream = stream
 
+    def say(self, text: str) -> None:
+        self._write({"event": "note", "text": text})
+
     def _show(self, event: str) -> None:
         facts: dict[str, str | float | None] = {"event": event, "stage": self.name, "done": self.done, "total": self.total}
         facts |= {"seconds": _rounded(self.seconds), "seconds_left": _rounded(self.seconds_left)}
         facts |= {"seconds_left_overall": _rounded(self.seconds_left_overall), "note": self.note}
+        self._write(facts)
+
+    def _write(self, facts: Mapping[str, str | float | None]) -> None:
         self._stream.write(json.dumps(facts) + "\n")
         self._stream.flush()
 
@@ -175,10 +233,19 @@ class JsonLines(_Timed):
 class Bars(_Timed):
     """A bar a stage on standard error, with the time left."""
 
+    def say(self, text: str) -> None:
+        # Rich writes it above the bar that is being drawn; a line that is wrapped at once stands as it is.
+        self._screen.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @cached_property
+    def _screen(self) -> "Console":
+        # Takes 0.1 s to import, which nobody without a terminal should wait for.
+        from rich.console import Console
+
+        return Console(stderr=True)
+
     def _show(self, event: str) -> None:
         if event == "start":
-            # Takes 0.1 s to import, which nobody without a terminal should wait for.
-            from rich.console import Console
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn
             from rich.progress import Progress as RichProgress
 
@@ -188,9 +255,9 @@ class Bars(_Timed):
                 TaskProgressColumn(),
                 TextColumn("{task.fields[left]}"),
             )
-            self._bars = RichProgress(*columns, console=Console(stderr=True))
+            self._bars = RichProgress(*columns, console=self._screen)
             self._bars.start()
-            self._task = self._bars.add_task(self.name, total=self.total, left="")
+            self._task = self._bars.add_task(self.name, total=self.total, completed=self.done, left="")
         elif event == "advance":
             self._bars.update(self._task, completed=self.done, left=self._left_text())
         else:
@@ -215,6 +282,11 @@ def duration_text(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _about_text(seconds: float) -> str:
+    """`duration_text` without seconds from two minutes on."""
+    return f"{round(seconds / 60)} min" if 119.5 <= seconds < 3570 else duration_text(seconds)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -31,6 +31,8 @@ from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.observers import Observer
 from reverie.observers.mse import Mse
 from reverie.observers.percentile import Percentile
+from reverie.recovery.clipping import Clipping
+from reverie.recovery.distillation import Distillation
 from reverie.recovery.reconstruction import Reconstruction
 from reverie.rounding import Rounding
 from reverie.rounding.nearest import Nearest
@@ -48,6 +50,7 @@ class Quantization:
         end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
         equalize: Cross-layer equalization before anything else.
         bias_correction: Give every channel its mean back after rounding.
+        batch_norm_adaptation: Give every channel its mean and deviation back after rounding (ACQ's, reconstructed).
     """
 
     placement: PlacementKind = "integer"
@@ -56,6 +59,7 @@ class Quantization:
     end_bits: int = 8
     equalize: bool = False
     bias_correction: bool = True
+    batch_norm_adaptation: bool = False
 
     def __post_init__(self) -> None:
         bits = (MIN_BITS, MAX_BITS)
@@ -70,22 +74,33 @@ class Recipe:
         seed: Of everything random.
         images: Synthetic calibration images; 0 means only the real ones given.
         held_out: Synthetic images, from another seed, on which agreement is measured.
+        real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 1; 0 means
+            in proportion to their numbers.
         synthesis, activations, weights, rounding, export: The methods.
+        quantization, clipping, reconstruction, distillation: The numbers of the stages.
     """
 
     seed: int = 0
     images: int = 64
     held_out: int = 32
+    real_share: float = 0.0
     synthesis: Synthesis = field(default_factory=ZeroQ)
     quantization: Quantization = field(default_factory=Quantization)
     activations: Observer = field(default_factory=Percentile)
     weights: Observer = field(default_factory=Mse)
     rounding: Rounding = field(default_factory=Nearest)
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
+    clipping: Clipping = field(default_factory=Clipping)
+    distillation: Distillation = field(default_factory=Distillation)
     export: Exporter | None = None
 
     def __post_init__(self) -> None:
-        check_range(self, images=(0, math.inf), held_out=(0, math.inf))
+        check_range(self, images=(0, math.inf), held_out=(0, math.inf), real_share=(0, 1))
+        if self.distillation.steps and self.rounding.learned:
+            raise ConfigError(
+                f"distillation.steps must be 0 with learned rounding, got {self.distillation.steps}; distillation learns the "
+                "weights themselves: use --set rounding.method=nearest"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -101,7 +116,12 @@ _PACKAGES: dict[str, ModuleType] = {
     "rounding": rounding,
     "export": export,
 }
-_TABLES: dict[str, type[Any]] = {"quantization": Quantization, "reconstruction": Reconstruction}
+_TABLES: dict[str, type[Any]] = {
+    "quantization": Quantization,
+    "reconstruction": Reconstruction,
+    "clipping": Clipping,
+    "distillation": Distillation,
+}
 
 
 def presets() -> list[str]:
@@ -178,7 +198,7 @@ def from_tables(tables: dict[str, Any], overrides: dict[str, Any] | None = None)
             with at(f"[{key}]"):
                 resolved[key] = _table(key, value)
         else:
-            resolved[key] = _valid(int, value, key)
+            resolved[key] = _valid(_hint(Recipe, key), value, key)
     return Recipe(**resolved)
 
 

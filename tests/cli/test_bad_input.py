@@ -63,7 +63,8 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
     [
         (
             ["--recipe", "adaruond"],
-            "unknown recipe 'adaruond'; choose one of adaround, noise, zeroq, or did you mean 'adaround'?",
+            "unknown recipe 'adaruond'; choose one of adaround, clusterq, dsg, dsg_adaround, dsg_generator, fdda, gdfq, noise, "
+            "zeroq, or did you mean 'adaround'?",
         ),
         (
             ["--recipe", "mine.toml"],
@@ -81,8 +82,8 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
         ),
         (
             ["--set", "sede=1"],
-            "recipe zeroq: unknown key 'sede'; choose one of activations, export, held_out, images, quantization, "
-            "reconstruction, rounding, seed, synthesis, weights, or did you mean 'seed'?",
+            "recipe zeroq: unknown key 'sede'; choose one of activations, clipping, distillation, export, held_out, "
+            "images, quantization, real_share, reconstruction, rounding, seed, synthesis, weights, or did you mean 'seed'?",
         ),
         (["--set", "synthesis.steps=few"], "recipe zeroq: [synthesis]: steps must be a valid integer, got 'few'"),
         (
@@ -104,6 +105,14 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
             "images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some",
         ),
         (["--device", "abacus"], "device must be one that PyTorch can use here, got 'abacus'; use 'cpu'"),
+        (
+            ["--budget", "0"],
+            "budget must be a number of minutes above 0, got 0; leave it out for the recipe's own steps",
+        ),
+        (
+            ["--budget", "nan"],
+            "budget must be a number of minutes above 0, got nan; leave it out for the recipe's own steps",
+        ),
         (["--mean", "0.5"], "embedded:digits: got the option 'mean'; it takes no options"),
         (
             ["--set", "quantization.placement=literature"],
@@ -275,13 +284,17 @@ def test_an_unknown_export_target_is_refused(capsys, finished):
         (["quantize"], 'Command "quantize" parameter NETWORK requires an argument. See --help.'),
         (
             ["quantise", "x"],
-            'Unknown command "quantise". Did you mean "quantize"? Available commands: quantize, synthesize, evaluate, '
-            "export, inspect, methods, recipe. See --help.",
+            'Unknown command "quantise". Did you mean "quantize"? Available commands: quantize, synthesize, capsule, '
+            "evaluate, export, inspect, methods, recipe. See --help.",
         ),
         (["quantize", "embedded:digits", "--bits", "4"], "Unknown option: --bits. Did you mean --weights? See --help."),
         (
             ["quantize", "embedded:digits", "--weight-bits", "four"],
             'Invalid value for --weight-bits: unable to convert "four" into int. See --help.',
+        ),
+        (
+            ["quantize", "embedded:digits", "--budget", "soon"],
+            'Invalid value for --budget: unable to convert "soon" into float. See --help.',
         ),
         (
             ["quantize", "x.py:net", "--mean", "a,b"],

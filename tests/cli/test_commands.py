@@ -21,7 +21,7 @@ from reverie.cli.methods import methods_of
 from reverie.images.store import save_images
 from reverie.runs import default_output
 
-COMMANDS = ["evaluate", "export", "inspect", "methods", "quantize", "recipe", "synthesize"]
+COMMANDS = ["capsule", "evaluate", "export", "inspect", "methods", "quantize", "recipe", "synthesize"]
 
 
 def said(capsys, *arguments):
@@ -34,7 +34,7 @@ def test_quantize_writes_the_files_of_a_run(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
         "images", "images.safetensors", "metrics.json", "network.onnx", "network.safetensors",
-        "recipe.toml", "report.html", "run.json",
+        "plots", "recipe.toml", "report.html", "run.json",
     }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """The arithmetic of grids: its properties, the literature's check vectors, and PyTorch's gradients."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -189,3 +191,104 @@ def test_with_and_without_gradients_the_values_are_the_same_and_the_input_stays(
     without = fake_quantize(x, *qparams)
     assert torch.equal(without, fake_quantize(x.clone().requires_grad_(), *qparams).detach())
     assert torch.equal(x, kept)
+
+
+def by_autograd(x, scale, zero_point, grid):
+    """`fake_quantize` in plain operators: a detached remainder makes rounding straight-through, `where` cuts gradients."""
+    steps = x / scale
+    rounded = steps + (torch.round(steps) - steps).detach()
+    codes = torch.round(steps).detach() + zero_point
+    lowest, highest = (torch.as_tensor(end - zero_point).to(x.dtype) for end in (grid.quant_min, grid.quant_max))
+    inner = torch.where(codes < grid.quant_min, lowest, torch.where(codes > grid.quant_max, highest, rounded))
+    return inner * scale
+
+
+def gradients(function, x, scale, zero_point, grid, gradient):
+    x, scale = x.detach().requires_grad_(), scale.clone().requires_grad_()
+    return torch.autograd.grad(function(x, scale, zero_point, grid), (x, scale), gradient)
+
+
+SHAPE = (4, 3, 6, 5)
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "sliced": lambda x: torch.stack([x, x], dim=-1)[..., 1],
+    "expanded": lambda x: x[:1].expand(SHAPE),
+    "one value": lambda x: x[0, 0, 0, 0].expand(SHAPE),
+}
+SCALES = {"tensor": (), "one": (1,), "out channels": (4, 1, 1, 1), "channels": (1, 3, 1, 1)}
+
+
+def spread(dtype, seed, scale, zero_point, grid):
+    """Values that reach half as far again as the grid on either side."""
+    steps = torch.empty(SHAPE, dtype=dtype).uniform_(-0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+    return (grid.quant_min - zero_point + steps * (grid.quant_max - grid.quant_min)) * scale
+
+
+def assert_gradients_are_those_of_autograd(x, scale, zero_point, grid, gradient):
+    ours, theirs = (gradients(function, x, scale, zero_point, grid, gradient) for function in (fake_quantize, by_autograd))
+    # Autograd multiplies by the scale and divides by it again, which rounds.
+    torch.testing.assert_close(theirs[0], gradient * (theirs[0] != 0))
+    assert torch.equal(ours[0], gradient * (theirs[0] != 0))
+    assert ours[1].shape == scale.shape
+    # Each of n terms, and each addition, rounds by no more than eps times the sum of all terms' sizes.
+    sizes = (gradient.abs() * (x.abs() + by_autograd(x, scale, zero_point, grid).abs())).sum_to_size(scale.shape) / scale
+    bound = torch.finfo(x.dtype).eps * (x.numel() / scale.numel() + 4) * sizes
+    assert bool(((ours[1] - theirs[1]).abs() <= bound).all())
+    return theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("of_gradient", LAYOUTS)
+@pytest.mark.parametrize("of_values", ["contiguous", "channels_last", "transposed", "expanded"])
+def test_gradients_equal_those_of_plain_operators_in_every_memory_layout(dtype, scales, of_gradient, of_values):
+    grid = Grid(3)
+    shape = SCALES[scales]
+    scale = torch.linspace(0.1, 0.3, math.prod(shape), dtype=dtype).view(shape)
+    zero_point = torch.full(shape, 1, dtype=torch.int32)
+    x = LAYOUTS[of_values](spread(dtype, 0, scale, zero_point, grid))
+    gradient = LAYOUTS[of_gradient](torch.randn(SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(1)))
+    for_x, _ = assert_gradients_are_those_of_autograd(x, scale, zero_point, grid, gradient)
+    assert 0 < int((for_x == 0).sum()) < x.numel()
+
+
+@pytest.mark.parametrize("zero_point", [-300, -9, 8, 40])
+@pytest.mark.parametrize("scales", SCALES)
+def test_gradients_equal_those_of_plain_operators_for_zero_points_outside_the_grid(zero_point, scales):
+    grid = Grid(4)
+    shape = SCALES[scales]
+    scale = torch.linspace(0.1, 0.3, math.prod(shape), dtype=torch.float64).view(shape)
+    offset = torch.full(shape, zero_point, dtype=torch.int32)
+    x = spread(torch.float64, 0, scale, offset, grid)
+    gradient = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for_x, _ = assert_gradients_are_those_of_autograd(x, scale, offset, grid, gradient)
+    assert 0 < int((for_x == 0).sum()) < x.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grid", [Grid(2), Grid(3, signed=False), Grid(8)])
+@pytest.mark.parametrize("zero_point", [0, 1, 200])
+def test_gradients_on_ties_and_on_the_edges_of_the_range_are_exact(dtype, grid, zero_point):
+    # Quarter steps of a scale that is a power of two: every number here is exact, so no tolerance is needed.
+    quarters = torch.arange(4 * (grid.quant_min - 3), 4 * (grid.quant_max + 3) + 1, dtype=dtype)
+    scale = torch.tensor(0.25, dtype=dtype)
+    x = (quarters / 4 - zero_point) * scale
+    weights = (torch.arange(len(x)) % 5 - 2).to(dtype)
+    ours, theirs = (
+        gradients(function, x, scale, torch.tensor(zero_point), grid, weights) for function in (fake_quantize, by_autograd)
+    )
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    # By hand: half a step above the last code is still inside if the tie goes to that code.
+    codes = torch.round(x / scale) + zero_point
+    inside = (codes >= grid.quant_min) & (codes <= grid.quant_max)
+    assert torch.equal(ours[0] != 0, inside & (weights != 0))
+
+
+@pytest.mark.parametrize("learned", [(True, False), (False, True)])
+def test_only_what_is_learned_gets_a_gradient(learned):
+    x, scale = normals(100).requires_grad_(learned[0]), torch.tensor(0.1, requires_grad=learned[1])
+    fake_quantize(x, scale, torch.tensor(0), Grid(4)).sum().backward()
+    assert (x.grad is not None, scale.grad is not None) == learned

@@ -38,10 +38,17 @@ def calibrated(reference, inputs, bits=3, kind="integer", end_bits=8):
     return student
 
 
-def rounded(student, reference, inputs, rounding, seed=0, checkpoints=None, **settings):
-    loop = Reconstruction(**{"iterations": 120, "batch": 16} | settings)
+def rounded(student, reference, inputs, rounding, seed=0, checkpoints=None, weights=None, **settings):
     return round_weights(
-        reference, student, inputs, rounding, loop, seed=Seed(seed), checkpoints=checkpoints or Forgetful(), progress=Silent()
+        reference,
+        student,
+        inputs,
+        rounding,
+        Reconstruction(**{"iterations": 120, "batch": 16} | settings),
+        weights=weights,
+        seed=Seed(seed),
+        checkpoints=checkpoints or Forgetful(),
+        progress=Silent(),
     )
 
 
@@ -184,3 +191,48 @@ def test_a_linear_layer_over_tokens_counts_its_channels_not_its_tokens():
     student = calibrated(graph, inputs, bits=3, end_bits=3)
     errors = rounded(student, graph, inputs, AdaRound(), iterations=200)
     assert all(after < before for before, after in errors.values())
+
+
+def test_images_without_weight_are_never_drawn(reference, inputs):
+    first = torch.arange(96) < 48
+    elsewhere = torch.where(first[:, None, None, None], inputs, 50 * inputs.flip(0) + 3)
+
+    def codes(images, weights):
+        # Calibrated on the same images in any case.
+        student = calibrated(reference, inputs)
+        rounded(student, reference, images, AdaRound(), weights=weights, iterations=15)
+        return torch.cat([quantizer.codes.flatten() for quantizer in student.weights.values()])
+
+    assert torch.equal(codes(inputs, first.float()), codes(elsewhere, first.float()))
+    assert not torch.equal(codes(inputs, None), codes(elsewhere, None))
+    assert not torch.equal(codes(inputs, None), codes(inputs, first.float()))
+    # Proportions count, not sizes.
+    assert torch.equal(codes(inputs, first.float()), codes(inputs, 8 * first.float()))
+
+
+@pytest.mark.parametrize("weights", [None, torch.arange(32.0)])
+def test_the_loop_is_what_is_written_out_here(weights):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(torch.nn.Sequential(torch.nn.Linear(4, 5)), (4,))
+    inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    ours, student = (calibrated(graph, inputs, bits=2, end_bits=2) for _ in range(2))
+    rounded(ours, graph, inputs, AdaRound(), weights=weights, iterations=60)
+
+    ((name, layer),) = student.layers.items()
+    quantizer = student.weights[name]
+    (unit,) = find_units(graph, "layer")
+    generator = Seed(0).at(unit.name).generator()
+    weight = student.graph.get_buffer(layer.weight)
+    rounder = quantizer.rounder = AdaRound()(weight, quantizer.scale, quantizer.zero_point, quantizer.grid)
+    optimizer = torch.optim.Adam(rounder.parameters(), lr=1e-2)
+    for iteration in range(60):
+        if weights is None:
+            picked = torch.randint(32, (16,), generator=generator)
+        else:
+            picked = torch.multinomial(weights, 16, replacement=True, generator=generator)
+        distance = (student.graph(inputs[picked]) - graph(inputs[picked])).square().sum(1).mean()
+        optimizer.zero_grad()
+        (distance + rounder.penalty(iteration / 60)).backward()
+        optimizer.step()
+    assert torch.equal(ours.weights[name].codes, rounder.harden())

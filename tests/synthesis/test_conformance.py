@@ -1,6 +1,7 @@
 """What every synthesis method must do."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from reverie.graph.capture import capture
 from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher
+from reverie.synthesis._capsule import capsule_of
 
 NAMES = plugins.names(synthesis)
 # Settings that make a method quick; a method without them is quick by itself.
-QUICK = {"steps": 3, "batch": 4}
+QUICK = {"steps": 3, "batch": 4, "class_batch": 4, "latent": 8, "width": 8}
 
 
 @pytest.fixture(params=NAMES)
@@ -23,10 +25,12 @@ def method(request):
     return kind(**{name: value for name, value in QUICK.items() if name in kind.__dataclass_fields__})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def teacher(tiny_cnn):
     network = tiny_cnn()
-    return Teacher(capture(network.module, network.input.shape), network.input, network.classes, network.name)
+    alone = Teacher(capture(network.module, network.input.shape), network.input, network.classes, network.name)
+    # For the methods that need one; the others do not look at it.
+    return replace(alone, capsule=capsule_of(alone, network.held_out()))
 
 
 def made(method, teacher, seed=0, count=6, checkpoints=None):
@@ -53,9 +57,11 @@ def test_images_of_one_set_differ_from_each_other(method, teacher):
 
 
 def test_the_teacher_is_left_as_it_was(method, teacher):
-    before = copy.deepcopy(teacher.graph.state_dict())
+    before, capsule = copy.deepcopy(teacher.graph.state_dict()), copy.deepcopy(teacher.capsule)
     made(method, teacher)
     after = teacher.graph.state_dict()
+    pairs = ((capsule.mean, teacher.capsule.mean), (capsule.variance, teacher.capsule.variance))
+    assert all(torch.equal(old, new) for olds, news in pairs for old, new in zip(olds, news, strict=True))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not teacher.graph.training

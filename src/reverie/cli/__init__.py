@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 import reverie
-from reverie.cli import evaluate, export, inspect, methods, quantize, recipe, synthesize
+from reverie.cli import capsule, evaluate, export, inspect, methods, quantize, recipe, synthesize
 from reverie.errors import ReverieError
 
 app = App(
@@ -37,6 +37,7 @@ app = App(
 for command in (
     quantize.quantize,
     synthesize.synthesize,
+    capsule.capsule,
     evaluate.evaluate,
     export.export,
     inspect.inspect,

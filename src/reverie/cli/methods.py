@@ -57,28 +57,47 @@ def _row(method: Method) -> tuple[str, str, str]:
 
 
 def _read(kind: str, file: Path) -> Method:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = _parsed(file)
     first = (ast.get_docstring(tree) or "").partition("\n\n")[0]
     return Method(kind, file.stem, " ".join(first.split()), _settings(tree))
 
 
 def _settings(tree: ast.Module) -> dict[str, str]:
     """Fields of the class that `METHOD` names; for a network source, keywords of `load`."""
-    method = next(
-        (
-            node.value.id
-            for node in tree.body
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METHOD" and isinstance(node.value, ast.Name)
-        ),
-        None,
-    )
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == method:
-            fields = [
-                item for item in node.body if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)
-            ]
-            return {ast.unparse(item.target): ast.unparse(item.value) if item.value else "" for item in fields}
-        if method is None and isinstance(node, ast.FunctionDef) and node.name == "load":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METHOD":
+            return _fields(tree, ast.unparse(node.value))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "load":
             keywords = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
             return {item.arg: ast.unparse(default) if default else "" for item, default in keywords}
     return {}
+
+
+def _fields(tree: ast.Module, name: str) -> dict[str, str]:
+    """Fields of the dataclass `name` of a file, those of its bases first; a base is in the same file or imported from ours."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            # As `dataclass` does: a field that a class says again keeps its place and takes the new default.
+            found: dict[str, str] = {}
+            for base in reversed(node.bases):
+                found |= _fields(tree, ast.unparse(base))
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
+                    found[ast.unparse(item.target)] = ast.unparse(item.value) if item.value else ""
+            return found
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reverie."):
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return _fields(_parsed(_file(node.module or "")), alias.name)
+    return {}
+
+
+def _file(module: str) -> Path:
+    """The source file of one of our modules."""
+    path = Path(reverie.__file__).parent.joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))

@@ -26,13 +26,16 @@ def quantize(
     recipe: str | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    placement: str | None = None,
     images: int | None = None,
     calibration: Path | None = None,
+    capsule: Path | None = None,
     evaluate: str | None = None,
     unlabelled: Path | None = None,
     output: Path | None = None,
     seed: int | None = None,
     device: str = "cpu",
+    budget: float | None = None,
     settings: Settings = None,
     json: Json = False,
     options: NetworkOptions = NO_OPTIONS,
@@ -44,6 +47,8 @@ def quantize(
 
     Example: reverie quantize embedded:digits --weight-bits 4 --evaluate held-out
 
+    Example: reverie quantize timm:resnet18 --recipe fdda --calibration one_image_a_class/
+
     Example: reverie quantize nets.py:resnet20 --weights resnet20.safetensors --input-size 32 --classes 10
     --mean 0.491,0.482,0.447 --std 0.247,0.243,0.262 --set synthesis.steps=500
 
@@ -54,14 +59,22 @@ def quantize(
             for fewer bits.
         weight_bits: Bits of a weight, 2 to 8; first and last layer have 8 unless --set quantization.end_bits=N.
         activation_bits: Bits of an activation, 2 to 8.
+        placement: integer (default: what an integer runtime executes) or literature (batch norm kept, all layers at the
+            same bits, nothing exported: for comparison with papers).
         images: How many images to synthesize for calibration; 0 with --calibration uses real ones only.
-        calibration: Folder (or .npz, .safetensors) of real images to use beside the synthetic ones.
+        calibration: Folder (or .npz, .safetensors) of real images to use beside the synthetic ones; fdda needs one
+            labelled image a class.
+        capsule: File that `reverie capsule` wrote, for fdda without the images themselves.
         evaluate: Folder (or .npz, .safetensors) of labelled images to measure accuracy on, or held-out for the set that
             the network brings along.
         unlabelled: Folder (or .npz, .safetensors) of images to measure agreement with full precision on.
         output: The run directory; default runs/NETWORK-wNaN.
         seed: Of everything random.
         device: Where synthesis and rounding happen, such as cpu or cuda.
+        budget: Minutes for the stages that learn (images, clipping, distillation, rounding). A few steps of each are timed
+            first; what does not fit is shortened: all numbers of steps times one factor, schedules in the same shape,
+            never more steps than the recipe's. Loading, calibration, export and measuring come on top. The run keeps its
+            numbers: the same command resumes with them.
         settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable, and wins over the flags.
         json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
     """
@@ -73,6 +86,9 @@ def quantize(
         images=images,
         quantization__weight_bits=weight_bits,
         quantization__activation_bits=activation_bits,
+        quantization__placement=placement,
+        # Nothing executes the literature's placement, so there is nothing to export.
+        export__method="none" if placement == "literature" else None,
     )
     from reverie.runs import check_output, default_output
 
@@ -82,10 +98,14 @@ def quantize(
     loaded = options.load(network)
     # Takes half a second to import, which no wrong recipe or network should wait for.
     from reverie import pipeline
+    from reverie.synthesis._capsule import load_capsule
 
-    pipeline.check(resolved, loaded, calibrated=calibration is not None, device=device)
+    given = {"calibrated": calibration is not None, "capsule": capsule is not None}
+    pipeline.check(resolved, loaded, device=device, budget=budget, **given)
     check_output(folder, pipeline.identity(resolved, loaded))
-    real = None if calibration is None else _read(calibration, loaded, require_labels=False, option="--calibration")
+    centres = None if capsule is None else load_capsule(capsule)
+    labels = resolved.synthesis.needs_capsule and capsule is None
+    real = None if calibration is None else _read(calibration, loaded, require_labels=labels, option="--calibration")
     unseen = None if unlabelled is None else _read(unlabelled, loaded, require_labels=False, option="--unlabelled")
     labelled = None if evaluate is None else _labelled(evaluate, loaded)
     if not json:
@@ -95,9 +115,11 @@ def quantize(
         loaded,
         output=folder,
         calibration=real,
+        capsule=centres,
         evaluation=labelled,
         unlabelled=unseen,
         device=device,
+        budget=budget,
         progress=choose(sys.stderr, json),
     )
     if json:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, read_recipe
 from reverie.cli._output import say, say_json
+from reverie.errors import at
 from reverie.progress import choose
 
 
@@ -15,6 +16,8 @@ def synthesize(
     output: Path,
     images: int | None = None,
     recipe: str = "zeroq",
+    calibration: Path | None = None,
+    capsule: Path | None = None,
     seed: int | None = None,
     device: str = "cpu",
     settings: Settings = None,
@@ -34,6 +37,9 @@ def synthesize(
         output: A new or empty folder.
         images: How many.
         recipe: A preset or a .toml file; its [synthesis] table counts.
+        calibration: Folder (or .npz, .safetensors) of real images: what fdda needs, labelled, and what the synthetic ones
+            are compared with.
+        capsule: File that `reverie capsule` wrote, for fdda without the images themselves.
         seed: Of everything random.
         device: Where it happens, such as cpu or cuda.
         settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable, and wins over the flags.
@@ -46,9 +52,26 @@ def synthesize(
     loaded = options.load(network)
     # Takes half a second to import, which no wrong recipe or network should wait for.
     from reverie import pipeline
+    from reverie.images.folder import read_folder
     from reverie.report import outcome
+    from reverie.synthesis._capsule import load_capsule
 
-    run = pipeline.run_synthesis(resolved, loaded, output=output, device=device, progress=choose(sys.stderr, json))
+    pipeline.check(resolved, loaded, calibrated=calibration is not None, capsule=capsule is not None, device=device)
+    centres = None if capsule is None else load_capsule(capsule)
+    real = None
+    if calibration is not None:
+        labels = resolved.synthesis.needs_capsule and capsule is None
+        with at("--calibration"):
+            real = read_folder(calibration, loaded.input, loaded.classes, require_labels=labels)
+    run = pipeline.run_synthesis(
+        resolved,
+        loaded,
+        output=output,
+        calibration=real,
+        capsule=centres,
+        device=device,
+        progress=choose(sys.stderr, json),
+    )
     if json:
         say_json(run.metrics)
         return

@@ -1,5 +1,7 @@
 """The fake-quantize modules that a student graph calls: on tensors, weights and biases."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.grid = grid
         self.calibrated = False
+        self.log_gain: nn.Parameter | None = None
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
 
@@ -26,8 +29,24 @@ class ActivationQuantizer(nn.Module):
         self.zero_point.copy_(zero_point)
         self.calibrated = True
 
+    def learn_scale(self) -> nn.Parameter:
+        """From now on the scale is learned, as a factor exp(parameter) on what it is; gives the parameter."""
+        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+        return self.log_gain
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The scale is what has been learned."""
+        if self.log_gain is not None:
+            self.scale.mul_(self.log_gain.exp())
+            self.log_gain = None
+
+    def current_scale(self) -> Float[Tensor, ""]:
+        """The scale as far as it has been learned."""
+        return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale, self.zero_point, self.grid) if self.calibrated else x
+        return fake_quantize(x, self.current_scale(), self.zero_point, self.grid) if self.calibrated else x
 
 
 class Rounder(nn.Module):
@@ -53,7 +72,9 @@ class WeightQuantizer(nn.Module):
     """Puts a layer's weight on a per-output-channel grid.
 
     In order of its life: passes the weight through; with `set_qparams`, rounds to nearest at every call with
-    straight-through gradients; with a `rounder`, asks it; with `set_codes`, answers the stored result.
+    straight-through gradients; with a `rounder`, asks it; with `set_codes`, answers the stored result. While a weight
+    itself is learned, `follow` makes its range go along with it, or `learn_scale` makes the scale learned too; `settle`
+    ends either.
     """
 
     scale: Tensor
@@ -65,6 +86,8 @@ class WeightQuantizer(nn.Module):
         self.grid = grid
         self.calibrated = False
         self.rounder: Rounder | None = None
+        self.log_gain: nn.Parameter | None = None
+        self._range: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         column = (weight.shape[0], *[1] * (weight.dim() - 1))
         self.register_buffer("scale", weight.new_ones(column))
         self.register_buffer("zero_point", torch.zeros(column, dtype=torch.int32, device=weight.device))
@@ -86,12 +109,38 @@ class WeightQuantizer(nn.Module):
         codes = quantize(weight, self.scale, self.zero_point, self.grid) if self.codes is None else self.codes
         return codes.to(torch.int8 if self.grid.signed else torch.uint8)
 
+    def follow(self, qparams: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """From now on scale and zero point are those that `qparams` gives for the weight as it is at each call."""
+        self._range = qparams
+
+    def learn_scale(self) -> nn.Parameter:
+        """From now on the scale is learned, as factors exp(parameter) on what it is; gives the parameter."""
+        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+        return self.log_gain
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor) -> None:
+        """Scale and zero point are what `weight` ends with, or what has been learned."""
+        if self._range is not None:
+            self.set_qparams(*self._range(weight))
+            self._range = None
+        if self.log_gain is not None:
+            self.scale.mul_(self.log_gain.exp())
+            self.log_gain = None
+
+    def current_scale(self) -> Float[Tensor, "out *ones"]:
+        """The scale as far as it has been learned."""
+        return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+
     def forward(self, weight: Tensor) -> Tensor:
         if self.codes is not None:
             return dequantize(self.codes, self.scale, self.zero_point)
         if self.rounder is not None:
             return dequantize(self.rounder(), self.scale, self.zero_point)
-        return fake_quantize(weight, self.scale, self.zero_point, self.grid) if self.calibrated else weight
+        if self._range is not None:
+            with torch.no_grad():
+                self.set_qparams(*self._range(weight))
+        return fake_quantize(weight, self.current_scale(), self.zero_point, self.grid) if self.calibrated else weight
 
 
 class BiasQuantizer(nn.Module):
@@ -105,7 +154,7 @@ class BiasQuantizer(nn.Module):
     def scale(self) -> Float[Tensor, " out"]:
         """Real width of one step of each output channel's accumulator."""
         source, weight = self._quantizers
-        return source.scale * weight.scale.flatten()
+        return source.current_scale() * weight.current_scale().flatten()
 
     def final_codes(self, bias: Float[Tensor, " out"]) -> Int[Tensor, " out"]:
         """The int32 codes that an integer runtime stores."""

@@ -119,22 +119,38 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
+    # Written for memory traffic: no boolean tensor, whose every use costs several passes over floats.
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-        steps = x / scale
-        codes = torch.round(steps) + zero_point
-        inside = (codes >= grid.quant_min) & (codes <= grid.quant_max)
-        levels = codes.clamp_(grid.quant_min, grid.quant_max).sub_(zero_point)
+        codes = torch.div(x, scale).round_().add_(zero_point)
+        levels = torch.clamp(codes, grid.quant_min, grid.quant_max).sub_(zero_point).mul_(scale)
+        ctx.grid = grid
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(inside, levels - torch.where(inside, steps, 0.0))
+            ctx.save_for_backward(codes, x, levels, scale)
         else:
-            ctx.save_for_backward(inside)
-        ctx.scale_shape = scale.shape
-        return levels * scale
+            ctx.save_for_backward(codes)
+        return levels
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (gradient,) = gradients
-        inside, *slope = ctx.saved_tensors
-        for_scale = (gradient * slope[0]).sum_to_size(ctx.scale_shape) if slope else None
-        return gradient * inside, for_scale, None, None
+        codes, *kept = ctx.saved_tensors
+        # Codes are whole numbers, so half a step outside tells the last one inside from the first outside.
+        inside = torch.ops.aten.hardtanh_backward(gradient, codes, ctx.grid.quant_min - 0.5, ctx.grid.quant_max + 0.5)
+        if not kept:
+            return inside, None, None, None
+        x, levels, scale = kept
+        # LSQ: (levels - x) / scale inside, levels / scale outside, summed over what shares a scale.
+        if scale.numel() == 1:
+            for_scale = (_dot(gradient, levels) - _dot(inside, x)).view(scale.shape) / scale
+        else:
+            for_scale = torch.addcmul(gradient * levels, inside, x, value=-1).sum_to_size(scale.shape) / scale
+        return inside, for_scale, None, None
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of products, without a tensor of them where both lie in memory alike."""
+    if left.stride() == right.stride() and (left.is_contiguous() or left.is_contiguous(memory_format=torch.channels_last)):
+        flat = ((left.numel(),), (1,))
+        return torch.dot(left.as_strided(*flat), right.as_strided(*flat))
+    return torch.sum(left * right)

@@ -11,7 +11,7 @@ from reverie.observers import Observer, rows, tensor_qparams, weight_qparams
 from reverie.progress import Progress
 
 # A bias code must fit int32 with room for the accumulator it is added to.
-_BIAS_LIMIT = 2.0**30
+BIAS_LIMIT = 2.0**30
 
 
 @torch.no_grad()
@@ -51,17 +51,23 @@ def calibrate_activations(
 
 @torch.no_grad()
 def calibrate_weights(student: Student, observer: Observer) -> None:
-    """Sets the grid of every weight, in place; activations must be calibrated first.
-
-    A channel whose scale is so small that its bias would not fit int32 (its weights are next to nothing) gets a larger
-    one: the bias is what it has to say.
-    """
+    """Sets the grid of every weight, in place; activations must be calibrated first."""
     for name, layer in student.layers.items():
-        weight = student.graph.get_buffer(layer.weight)
         quantizer = student.weights[name]
-        scale, zero_point = weight_qparams(weight, observer, quantizer.grid, symmetric=student.kind == "integer")
-        if name in student.biases and layer.bias is not None and layer.source is not None:
-            bias = student.graph.get_buffer(layer.bias)
-            smallest = bias.abs() / (student.activations[layer.source].scale * _BIAS_LIMIT)
-            scale = torch.maximum(scale, smallest.view(scale.shape))
-        quantizer.set_qparams(scale, zero_point)
+        weight = student.graph.get_buffer(layer.weight)
+        quantizer.set_qparams(*weight_qparams(weight, observer, quantizer.grid, symmetric=student.kind == "integer"))
+    keep_biases_in_range(student)
+
+
+@torch.no_grad()
+def keep_biases_in_range(student: Student) -> None:
+    """Raises, in place, the scale of each weight channel that is so small that its bias would not fit int32.
+
+    Such a channel's weights are next to nothing: the bias is what it has to say.
+    """
+    for name in student.biases:
+        layer, quantizer = student.layers[name], student.weights[name]
+        assert layer.bias is not None and layer.source is not None
+        bias = student.graph.get_buffer(layer.bias)
+        smallest = bias.abs() / (student.activations[layer.source].scale * BIAS_LIMIT)
+        quantizer.scale.copy_(torch.maximum(quantizer.scale, smallest.view(quantizer.scale.shape)))

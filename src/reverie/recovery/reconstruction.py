@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from reverie.checkpoints import Checkpoints
+from reverie.descent import Descent
 from reverie.errors import check_range
 from reverie.graph.extract import extract
 from reverie.graph.operators import LINEARS, layers
@@ -63,6 +64,7 @@ def round_weights(
     rounding: Rounding,
     settings: Reconstruction,
     *,
+    weights: Float[Tensor, " count"] | None = None,
     seed: Seed,
     checkpoints: Checkpoints,
     progress: Progress,
@@ -73,6 +75,7 @@ def round_weights(
         teacher: The graph that `student` was placed on.
         student: Calibrated.
         inputs: Calibration images.
+        weights: How often each of them is to be drawn, in proportion; None for all alike.
 
     Returns:
         For each unit its mean squared error on the calibration images before (at the nearest codes) and after. Empty for a
@@ -92,14 +95,16 @@ def round_weights(
             part = checkpoints.load(f"codes-{number}")
             if part is None:
                 sources, target = walks.at(unit)
-                before, after = _learn(student, unit, sources, target, rounding, settings, linear, seed.at(unit.name), step)
+                before, after = _learn(
+                    student, unit, sources, target, rounding, settings, linear, weights, seed.at(unit.name), step
+                )
                 part = {name: student.weights[name].final_codes(student.weights[name].codes) for name in unit.layers}
                 part[_ERRORS] = torch.tensor([before, after], dtype=torch.float64)
                 checkpoints.save(f"codes-{number}", part)
             else:
                 for name in unit.layers:
                     student.weights[name].set_codes(part[name].to(student.weights[name].scale))
-                step(settings.iterations)
+                step(settings.iterations, skipped=True)
             before, after = part[_ERRORS].tolist()
             errors[unit.name] = (before, after)
             walks.passed(unit)
@@ -150,6 +155,7 @@ def _learn(
     rounding: Rounding,
     settings: Reconstruction,
     linear: set[str],
+    weights: Tensor | None,
     seed: Seed,
     step: Callable[..., None],
 ) -> tuple[float, float]:
@@ -159,20 +165,25 @@ def _learn(
     for name, rounder in rounders.items():
         student.weights[name].rounder = rounder
     parameters: list[nn.Parameter] = [parameter for rounder in rounders.values() for parameter in rounder.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    descent = Descent(
+        torch.optim.Adam(parameters, lr=settings.learning_rate),
+        place=f"reconstruction of {unit.name}",
+        cure=f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g}",
+    )
     generator = seed.generator()
     count = target.shape[0]
     # What a linear layer writes has its channels last, whatever stands before them.
     channel = -1 if unit.layers[-1] in linear else 1
     for iteration in range(settings.iterations):
-        picked = torch.randint(count, (settings.batch,), generator=generator).to(target.device)
+        if weights is None:
+            picked = torch.randint(count, (settings.batch,), generator=generator).to(target.device)
+        else:
+            picked = torch.multinomial(weights, settings.batch, replacement=True, generator=generator).to(target.device)
         output = module(*(source[picked] for source in sources))
         distance = (output - target[picked]).square().sum(dim=channel).mean()
         progress = iteration / settings.iterations
-        loss = distance + sum((rounder.penalty(progress) for rounder in rounders.values()), torch.zeros(()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        penalties = {f"penalty of {name}": rounder.penalty(progress) for name, rounder in rounders.items()}
+        descent.step(iteration, {"distance": distance, **penalties})
         step()
     for name, rounder in rounders.items():
         student.weights[name].set_codes(rounder.harden())

@@ -26,6 +26,14 @@ _MEASURES = {
     "feature_similarity": "mean cosine of pairs of images in what the last layer reads, 0 to 1 behind a ReLU; 1 is one image many times",
 }
 
+_SEPARATION = {
+    "inter_class_separation": "how far apart the classes are: mean squared distance of their centres",
+    "intra_class_spread": "how far images of one class are apart: mean squared distance to its centre",
+    "separation_ratio": "the first over the second; classes drawn at random have about 2 over the number of images in each",
+    "centre_distance_to_real": "how far a class is from where its real images are: mean squared distance of the centres",
+    "coverage": "share of real images that have a synthetic one among their neighbours, 0 to 1",
+}
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -42,7 +50,7 @@ def render(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], path
     Args:
         metrics: As in `metrics.json`.
         record: As in `run.json`.
-        path: The run directory; its contact sheet is put into the file.
+        path: The run directory; its contact sheet and plots are put into the file.
     """
     template = (resources.files("reverie.report") / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -63,6 +71,9 @@ def render(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], path
         classes=_classes(metrics["images"]["diversity"]["class_histogram"]),
         class_labels=metrics["network"]["classes"] <= outcome.MOST_CLASSES_LISTED,
         measures=_measures(metrics["images"]["diversity"]),
+        separation=_separation(metrics["images"].get("separation", {})),
+        features=_embedded(path / "plots" / "features.png"),
+        deviations=_embedded(path / "plots" / "deviations.png"),
         rounding=_rounding(metrics["rounding_errors"]),
         stages=_stages(metrics["seconds"]),
         total=duration_text(sum(metrics["seconds"].values())),
@@ -121,6 +132,17 @@ def _classes(histogram: list[int]) -> list[Bar]:
 def _measures(diversity: dict[str, Any]) -> list[tuple[str, str, str]]:
     known = [(key, diversity[key], meaning) for key, meaning in _MEASURES.items() if diversity[key] is not None]
     return [(key.replace("_", " "), f"{value:.3g}", meaning) for key, value, meaning in known]
+
+
+def _separation(sets: dict[str, dict[str, float | None]]) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """The names of the sets, and for each measure that any of them has its name, its meaning and a number for each set."""
+    rows = []
+    for key, meaning in _SEPARATION.items():
+        values = [measures[key] for measures in sets.values()]
+        if any(value is not None for value in values):
+            numbers = [outcome.NONE if value is None else f"{value:.3g}" for value in values]
+            rows.append((key.replace("_class", "-class").replace("_", " "), meaning, numbers))
+    return list(sets), rows
 
 
 def _rounding(errors: dict[str, dict[str, float]]) -> list[Bar]:

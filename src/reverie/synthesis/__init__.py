@@ -14,12 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, fx
 
 from reverie.checkpoints import Checkpoints
-from reverie.errors import ModelError
+from reverie.errors import ConfigError, ModelError
 from reverie.graph.batch_norm import BatchNorm, batch_norms
 from reverie.images import Images
 from reverie.images.contract import InputContract
+from reverie.images.source import Source
 from reverie.progress import Progress
 from reverie.randomness import Seed
+from reverie.synthesis._capsule import Capsule
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Teacher:
         classes: Number of classes.
         name: What the user called it.
         fingerprint: Of its weights, for the images' provenance.
+        capsule: Per-class statistics, if real images gave them.
     """
 
     graph: fx.GraphModule
@@ -39,6 +42,7 @@ class Teacher:
     classes: int
     name: str
     fingerprint: str = ""
+    capsule: Capsule | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,10 +66,12 @@ class Synthesis(Protocol):
     """Makes images; the object is its own configuration.
 
     `needs_batch_norm` is a class constant: whether the method reads batch-norm statistics, so that a network without any
-    can be refused before anything else is done.
+    can be refused before anything else is done. `needs_capsule` is another: whether it reads per-class statistics of real
+    images, so that a run without labelled calibration images can be refused first.
     """
 
     needs_batch_norm: ClassVar[bool]
+    needs_capsule: ClassVar[bool]
 
     def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
         """`count` images; the same for the same teacher, seed and settings, interrupted or not.
@@ -76,11 +82,39 @@ class Synthesis(Protocol):
         ...
 
 
+@runtime_checkable
+class ImageStream(Source, Protocol):
+    """A source of batches that a generator makes while it goes on training."""
+
+    def sample(self, count: int, seed: Seed) -> Images:
+        """`count` images by the generator as it is now; leaves it alone."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Synthesis, Protocol):
+    """A method with a generator, which gives a stream, `batch` images at a time, as well as a set."""
+
+    batch: int
+
+    def stream(self, teacher: Teacher, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> ImageStream:
+        """The generator after its warm-up; called again with the same checkpoints, it is not trained again."""
+        ...
+
+
 def lacks_batch_norm(network: str, method: str) -> ModelError:
     """The error for a network without batch norms given to a method that reads them."""
     return ModelError(
         f"{network}: {method} needs a batch norm with running statistics, got none in the network; "
         "use --calibration with a folder of images and --images 0 --set held_out=0, or --set synthesis.method=noise as a baseline"
+    )
+
+
+def lacks_capsule(network: str, method: str) -> ConfigError:
+    """The error for a run without labelled real images whose method reads per-class statistics."""
+    return ConfigError(
+        f"{network}: {method} needs labelled real images, one for each class, got none; give --calibration with a folder of "
+        "them (one sub-folder a class) or --capsule with a file that `reverie capsule` wrote"
     )
 
 

@@ -1,5 +1,7 @@
 """Terms of synthesis losses that several methods share. Each is a scalar, unweighted."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,3 +23,40 @@ def total_variation(pixels: Float[Tensor, "batch channels height width"]) -> Flo
     """Mean absolute difference of neighbouring pixels, both directions."""
     vertical = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().mean()
     return vertical + (pixels[..., 1:] - pixels[..., :-1]).abs().mean()
+
+
+def pooled(statistics: Statistics) -> Statistics:
+    """Batch-level statistics from per-sample ones: the mean of means, and the law of total variance."""
+    variances = zip(statistics.mean, statistics.variance, strict=True)
+    return Statistics(
+        tuple(mean.mean(dim=0) for mean in statistics.mean),
+        tuple(variance.mean(dim=0) + mean.var(dim=0, correction=0) for mean, variance in variances),
+    )
+
+
+def deep_layers(count: int) -> range:
+    """Which of `count` batch norms are deep: from int((count + 1) / 2) - 2 on (algorithms 2.2, FDDA and ClusterQ)."""
+    return range(max((count + 1) // 2 - 2, 0), count)
+
+
+def statistics_distance(
+    statistics: Statistics,
+    means: Sequence[Float[Tensor, "..."]],
+    variances: Sequence[Float[Tensor, "..."]],
+    layers: range,
+) -> Float[Tensor, ""]:
+    """Mean over `layers` of MSE(m, target mean) + MSE(v, target variance): the loss of the GDFQ family (algorithms 1.4).
+
+    Args:
+        means, variances: Targets for all layers; their shapes broadcast against those of the statistics.
+    """
+    terms = []
+    for layer in layers:
+        mean = (statistics.mean[layer] - means[layer]).square().mean()
+        terms.append(mean + (statistics.variance[layer] - variances[layer]).square().mean())
+    return torch.stack(terms).mean()
+
+
+def running(norms: list[BatchNorm]) -> tuple[list[Float[Tensor, " channels"]], list[Float[Tensor, " channels"]]]:
+    """Means and variances that the batch norms remember: the targets of the batch-norm-statistics loss."""
+    return [norm.mean for norm in norms], [norm.variance for norm in norms]

@@ -21,6 +21,7 @@ class Noise:
     """Has no settings."""
 
     needs_batch_norm: ClassVar[bool] = False
+    needs_capsule: ClassVar[bool] = False
 
     def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
         """`count` draws, clamped to valid pixels."""

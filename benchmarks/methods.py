@@ -1,0 +1,222 @@
+"""The tables of docs/benchmarks.md: methods against each other on one network, several seeds each.
+
+    python benchmarks/methods.py --assets ../shared/assets                                 all rows of ResNet-20, then the tables
+    python benchmarks/methods.py --assets ../shared/assets --rows fdda-w4a4 --seeds 0 1    some of them
+    python benchmarks/methods.py --assets ../shared/assets --table                         the tables of what is there
+    python benchmarks/methods.py --assets ../shared/assets --rows mobilenet_v2-gdfq mobilenet_v2-clusterq mobilenet_v2-fdda --more "--device cuda"
+
+Each row is a `reverie quantize` command that anyone can run, printed below the tables; each of its seeds is a run
+directory below build/methods, so an interrupted benchmark goes on where it stopped, and two may share the work. Accuracy
+is that of the last state on all 10,000 CIFAR-10 test images (1,000 photographs of nips2017 for ImageNet networks), never the
+best of several, and nothing was tuned on them: schedules were chosen on training images. Few-shot images are drawn from
+the training images of `--assets` by the run's seed. Exported means: executed by ONNX Runtime.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "methods"
+RESNET20 = (
+    "{assets}/models.py:CifarResNet --weights {assets}/nets/cifar10/resnet20.pth --input-size 32 --mean 0.485,0.456,0.406 "
+    "--std 0.229,0.224,0.225 --classes 10 --evaluate {build}/cifar10_test.npz"
+)
+MOBILENET = "package:mobilenet_v2 --evaluate {assets}/data/nips2017"
+LITERATURE = "--placement literature"
+ONE, TEN, MANY = (f"--calibration {{build}}/cifar10_train_{kind}_{{seed}}.npz" for kind in ("1_a_class", "10_a_class", "256"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Args:
+        table: Which table it stands in.
+        method, data: What the first columns say.
+        command: What follows `reverie quantize`; {assets}, {build} and {seed} are filled in.
+    """
+
+    table: str
+    method: str
+    data: str
+    command: str
+
+
+def bits(number: int) -> str:
+    """The flags for weights and activations of `number` bits."""
+    return f"--weight-bits {number} --activation-bits {number}"
+
+
+# Calibration alone: nearest rounding, weights from minimum to maximum, ranges by moving average, as the papers have it.
+CALIBRATED = (
+    f"{RESNET20} {LITERATURE} {bits(4)} --set activations.method=ema --set weights.method=minmax "
+    "--set rounding.method=nearest --set quantization.bias_correction=false"
+)
+TUNED = f"{RESNET20} {LITERATURE}"
+FOUR, THREE, INTEGER = "W4A4, all layers, literature", "W3A3, all layers, literature", "W4A4, 8-bit ends, integer, exported"
+ROWS = {
+    "real-calibration": Row(
+        "W4A4, calibration only, literature",
+        "calibration",
+        "256 real images",
+        f"{CALIBRATED} --recipe zeroq --set images=0 --set held_out=0 {MANY}",
+    ),
+    "zeroq-calibration": Row(
+        "W4A4, calibration only, literature",
+        "zeroq, per sample as published",
+        "none",
+        f"{CALIBRATED} --recipe zeroq --images 64 --set synthesis.level=sample --set synthesis.class_weight=0 --set synthesis.batch=64",
+    ),
+    "dsg-calibration": Row(
+        "W4A4, calibration only, literature", "dsg", "none", f"{CALIBRATED} --recipe dsg --images 64 --set synthesis.batch=64"
+    ),
+    "adaround-real": Row(
+        INTEGER, "AdaRound", "256 real images", f"{RESNET20} --recipe dsg_adaround --images 0 --set held_out=0 {MANY}"
+    ),
+    "adaround-dsg": Row(INTEGER, "dsg + AdaRound", "none", f"{RESNET20} --recipe dsg_adaround"),
+    "clusterq-integer": Row(INTEGER, "clusterq", "none", f"{RESNET20} --recipe clusterq"),
+    "fdda-integer": Row(INTEGER, "fdda", "1 image a class", f"{RESNET20} --recipe fdda {ONE}"),
+}
+for table, number in ((FOUR, 4), (THREE, 3)):
+    ROWS |= {
+        f"gdfq-{number}": Row(table, "gdfq", "none", f"{TUNED} {bits(number)} --recipe gdfq"),
+        f"clusterq-{number}": Row(table, "clusterq", "none", f"{TUNED} {bits(number)} --recipe clusterq"),
+        f"fdda-{number}": Row(table, "fdda", "1 image a class", f"{TUNED} {bits(number)} --recipe fdda {ONE}"),
+    }
+ROWS |= {
+    "fdda-10-4": Row(FOUR, "fdda", "10 images a class", f"{TUNED} {bits(4)} --recipe fdda {TEN}"),
+    "mobilenet_v2-gdfq": Row(f"MobileNetV2, {FOUR}", "gdfq", "none", f"{MOBILENET} {LITERATURE} {bits(4)} --recipe gdfq"),
+    "mobilenet_v2-clusterq": Row(
+        f"MobileNetV2, {FOUR}", "clusterq", "none", f"{MOBILENET} {LITERATURE} {bits(4)} --recipe clusterq"
+    ),
+    "mobilenet_v2-fdda": Row(
+        f"MobileNetV2, {FOUR}",
+        "fdda",
+        "1 image a class",
+        f"{MOBILENET} {LITERATURE} {bits(4)} --recipe fdda --calibration {{assets}}/data/imagenet_sample",
+    ),
+}
+SLOW = [name for name in ROWS if name.startswith("mobilenet_v2")]
+
+
+def prepare(assets: Path, seeds: list[int]) -> None:
+    """CIFAR-10's test images, and few-shot sets of training images for each seed, as array files."""
+    from PIL import Image
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    Image.MAX_IMAGE_PIXELS = None
+
+    def read(name: str) -> tuple[np.ndarray, np.ndarray]:
+        mosaic = np.asarray(Image.open(assets / f"data/cifar10/{name}.webp").convert("RGB"))
+        images = mosaic.reshape(100, 32, 100, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
+        return images, np.load(assets / f"data/cifar10/{name}_labels.npy")
+
+    def save(file: Path, images: np.ndarray, labels: np.ndarray) -> None:
+        # Two benchmarks may start at the same time: a file is whole or not there.
+        aside = file.with_suffix(f".{os.getpid()}.npz")
+        np.savez(aside, images=images, labels=labels)
+        aside.replace(file)
+
+    if not (BUILD / "cifar10_test.npz").is_file():
+        save(BUILD / "cifar10_test.npz", *read("test"))
+    images, labels = read("train10k")
+    for seed in seeds:
+        order = np.random.default_rng(seed).permutation(len(labels))
+        sets = {"256": order[:256]}
+        for number in (1, 10):
+            sets[f"{number}_a_class"] = np.concatenate([order[labels[order] == label][:number] for label in range(10)])
+        for name, chosen in sets.items():
+            file = BUILD / f"cifar10_train_{name}_{seed}.npz"
+            if not file.is_file():
+                save(file, images[chosen], labels[chosen])
+
+
+def output(name: str, seed: int) -> Path:
+    """The run directory of a row and seed."""
+    return BUILD / f"{name}-{seed}"
+
+
+def measure(name: str, assets: Path, seed: int, more: str) -> None:
+    """Makes the run, or finds it complete."""
+    command = ROWS[name].command.format(assets=assets, build=BUILD, seed=seed).split() + more.split()
+    began = time.perf_counter()
+    call = [sys.executable, "-m", "reverie", "quantize", *command, "--seed", str(seed), "--output", str(output(name, seed))]
+    subprocess.run([*call, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    print(f"{name} seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def found(name: str) -> list[dict]:
+    """The metrics of all seeds that are complete."""
+    runs = sorted(BUILD.glob(f"{name}-[0-9]*"))
+    complete = [run for run in runs if json.loads((run / "run.json").read_text())["complete"]]
+    return [json.loads((run / "metrics.json").read_text()) for run in complete]
+
+
+def points(values: list[float]) -> str:
+    """Mean and sample standard deviation, in points."""
+    middle = f"{100 * statistics.mean(values):.2f}"
+    return middle if len(values) == 1 else f"{middle} ± {100 * statistics.stdev(values):.2f}"
+
+
+HEADER = "| method | data | full precision | fake-quantized | drop | exported | minutes | GiB | seeds |\n|---|---|---|---|---|---|---|---|---|"
+
+
+def line(row: Row, runs: list[dict]) -> str:
+    """The Markdown row of one setting."""
+    exported = [run["exported"]["top1"] for run in runs]
+    cells = [
+        row.method,
+        row.data,
+        points([runs[0]["full_precision"]["top1"]]),
+        points([run["quantized"]["top1"] for run in runs]),
+        points([run["full_precision"]["top1"] - run["quantized"]["top1"] for run in runs]),
+        "not exported" if exported[0] is None else points(exported),
+        f"{statistics.mean(sum(run['seconds'].values()) for run in runs) / 60:.1f}",
+        f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.1f}",
+        f"{len(runs)}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def tables(assets: Path) -> None:
+    """Prints what is complete."""
+    for table in dict.fromkeys(row.table for row in ROWS.values()):
+        print(f"\n### {table}\n\n{HEADER}")
+        for name, row in ROWS.items():
+            runs = found(name)
+            if row.table == table and runs:
+                print(line(row, runs))
+    print()
+    for name, row in ROWS.items():
+        command = row.command.format(assets="ASSETS", build=BUILD.relative_to(ROOT), seed="SEED")
+        print(f"- `{name}`: `reverie quantize {command} --seed SEED`")
+
+
+def main() -> None:
+    """Makes the runs asked for, then prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, required=True)
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=[name for name in ROWS if name not in SLOW])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--more", default="", help="flags for every run, such as '--budget 10' or '--device cuda'")
+    parser.add_argument("--table", action="store_true", help="make no runs")
+    options = parser.parse_args()
+    if not options.table:
+        prepare(options.assets, options.seeds)
+        for seed in options.seeds:
+            for name in options.rows:
+                measure(name, options.assets, seed, options.more)
+    tables(options.assets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""A budget of minutes for the stages that learn: what does not fit is shortened, all of it by one factor.
+
+    seconds = sum over stages that learn of  steps x (what one more step costs here, measured)
+    factor  = min(1, budget / seconds)
+    steps  -> factor x steps, rounded, at least 1
+
+Every schedule (half cosines, quarters, annealing) is defined over shares of its steps and keeps its shape. Nothing is ever
+lengthened. The stages that learn, and what one more step of each means:
+
+    synthesis.steps              pixels: one for each batch of images and of held-out images; a generator: one, for all of them
+    clipping.steps               one for each batch of exciting images
+    distillation.steps           one of the student, and one of the generator where that goes on training
+    reconstruction.iterations    one for each unit
+
+What a step costs is measured on noise, with the stage's own code, on copies that are thrown away: neither the teacher nor any
+random number of the run is touched. What is measured differs from one day to the next, so whoever resumes a run keeps the
+`Schedule` that was found first.
+
+Not covered by the budget: loading, capture, the measurement itself (a few steps of each stage), calibration, bias correction,
+export, and measuring the result.
+"""
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reverie.checkpoints import Forgetful
+from reverie.errors import ConfigError
+from reverie.graph.fold import fold_batch_norms
+from reverie.graph.placement import Student, place
+from reverie.images import Images
+from reverie.images.augment import Augmentation
+from reverie.images.source import Augmented, Batch, Source
+from reverie.observers.minmax import MinMax
+from reverie.progress import Progress, Silent, duration_text
+from reverie.randomness import Seed
+from reverie.recipe import Recipe
+from reverie.recovery.clipping import excite
+from reverie.recovery.distillation import distil
+from reverie.recovery.ranges import calibrate_activations, calibrate_weights
+from reverie.recovery.reconstruction import round_weights
+from reverie.synthesis import Streaming, Teacher, batches
+
+# Steps of a trial: until caches and memory are warm, and those that are timed.
+_WARM_UP, _TIMED = 2, 3
+_TRIAL = _WARM_UP + _TIMED
+# A budget that leaves less than so many steps to each stage is refused.
+_LEAST = 10
+# Nothing that a trial draws shows anywhere, but it draws the same each time.
+_SEED = Seed(0, ("budget",))
+_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a budget makes of a recipe.
+
+    Args:
+        minutes: The budget.
+        factor: What all steps were multiplied with; 1 where the recipe fits.
+        steps: By the recipe's key, such as `synthesis.steps`; those that the recipe has where the factor is 1.
+    """
+
+    minutes: float
+    factor: float
+    steps: dict[str, int]
+
+    def shorten(self, recipe: Recipe) -> Recipe:
+        """The recipe with these steps."""
+        for key, number in self.steps.items():
+            table, _, name = key.partition(".")
+            # A table is another dataclass for every method, which the type checker cannot follow.
+            shorter: Any = replace(getattr(recipe, table), **{name: number})
+            recipe = replace(recipe, **{table: shorter})
+        return recipe
+
+    def told(self, recipe: Recipe) -> str:
+        """One line on what happens to `recipe`."""
+        if self.factor == 1:
+            return f"budget {self.minutes:g} min: the recipe's own steps fit"
+        own = learning_steps(recipe)
+        first = next(iter(self.steps))
+        changes = (
+            f"{own[key]} -> {number} {'steps ' if key == first else ''}of {key.partition('.')[0]}"
+            for key, number in self.steps.items()
+        )
+        whole = duration_text(60 * self.minutes / self.factor)
+        return f"budget {self.minutes:g} min: {', '.join(changes)} (the recipe's own would take about {whole})"
+
+
+def check_budget(minutes: float) -> None:
+    """Refuses what is no number of minutes above 0."""
+    if not 0 < minutes < math.inf:
+        raise ConfigError(
+            f"budget must be a number of minutes above 0, got {minutes:g}; leave it out for the recipe's own steps"
+        )
+
+
+def learning_steps(recipe: Recipe) -> dict[str, int]:
+    """The steps of the stages of `recipe` that learn, by key."""
+    found: dict[str, int] = {}
+    # Not every method goes in steps.
+    steps = getattr(recipe.synthesis, "steps", 0)
+    if steps and (recipe.images or recipe.held_out):
+        found["synthesis.steps"] = steps
+    if recipe.clipping.images:
+        found["clipping.steps"] = recipe.clipping.steps
+    if recipe.distillation.steps:
+        found["distillation.steps"] = recipe.distillation.steps
+    if recipe.rounding.learned:
+        found["reconstruction.iterations"] = recipe.reconstruction.iterations
+    return found
+
+
+def fit(recipe: Recipe, teacher: Teacher, real: Images | None, minutes: float, *, progress: Progress) -> Schedule:
+    """How `recipe` is to be shortened so that the stages that learn take `minutes` on this machine, if they would take more.
+
+    Args:
+        teacher: With the capsule, if the recipe's method reads one.
+        real: The user's calibration images.
+
+    Raises:
+        ConfigError: `minutes` is no number above 0, or too few for 10 steps of each stage.
+    """
+    check_budget(minutes)
+    own = learning_steps(recipe)
+    costs = step_costs(recipe, teacher, real, progress=progress)
+    seconds = sum(number * costs[key] for key, number in own.items())
+    if seconds <= 60 * minutes:
+        return Schedule(minutes, 1.0, own)
+    least = sum(min(number, _LEAST) * costs[key] for key, number in own.items()) / 60
+    if minutes < least:
+        raise ConfigError(
+            f"budget must be at least {math.ceil(10 * least) / 10:g} min for this network and recipe here, got {minutes:g}; "
+            "give it more, or choose a recipe whose steps cost less"
+        )
+    factor = 60 * minutes / seconds
+    return Schedule(minutes, factor, {key: max(round(factor * number), 1) for key, number in own.items()})
+
+
+def step_costs(recipe: Recipe, teacher: Teacher, real: Images | None, *, progress: Progress) -> dict[str, float]:
+    """Seconds that one step more would cost in each stage that learns, by the keys of `learning_steps`."""
+    share = _real_share(recipe, real)
+    trials: dict[str, Callable[[], float]] = {
+        "synthesis.steps": lambda: _synthesis(recipe, teacher),
+        "clipping.steps": lambda: _clipping(recipe, teacher),
+        "distillation.steps": lambda: _distillation(recipe, teacher, share),
+        "reconstruction.iterations": lambda: _reconstruction(recipe, teacher),
+    }
+    costs: dict[str, float] = {}
+    stages = list(learning_steps(recipe))
+    with progress.stage("time steps", total=len(stages)) as step:
+        for key in stages:
+            costs[key] = trials[key]()
+            step()
+    if recipe.distillation.steps and share < 1 and isinstance(recipe.synthesis, Streaming):
+        # The generator goes on training with the student.
+        costs["distillation.steps"] += costs["synthesis.steps"]
+    return costs
+
+
+class _Enough(Exception):
+    """A trial has had its steps."""
+
+
+class _Watch(Silent):
+    """Notes when steps end, and stops the trial that it watches after `limit` of them."""
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self._device, self._limit = device, limit
+        self.times: list[float] = []
+
+    def advance(self, amount: int = 1, note: str = "", *, skipped: bool = False) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.times.append(time.perf_counter())
+        if len(self.times) == self._limit:
+            raise _Enough
+
+
+def _timed(device: torch.device, trial: Callable[..., object]) -> float:
+    """Seconds of a step of `trial`, a stage of at least `_TRIAL` steps that still wants its `progress`."""
+    watch = _Watch(device, _TRIAL)
+    with suppress(_Enough):
+        trial(progress=watch)
+    return _step_seconds(watch.times)
+
+
+def _step_seconds(times: list[float]) -> float:
+    """Seconds of a step, from when each of `_TRIAL` steps ended."""
+    return statistics.median(later - earlier for earlier, later in pairwise(times[_WARM_UP - 1 :]))
+
+
+def _long_enough(steps: int) -> int:
+    """The stage's own number, with which all is in its place (schedules, checkpoints), if that is enough for a trial."""
+    return max(steps, _TRIAL)
+
+
+def _synthesis(recipe: Recipe, teacher: Teacher) -> float:
+    own: Any = recipe.synthesis
+    method = replace(own, steps=_long_enough(own.steps))
+    if isinstance(method, Streaming):
+        return _timed(teacher.device, partial(method.stream, teacher, seed=_SEED, checkpoints=Forgetful()))
+    seconds = 0.0
+    for size, number in _batches(method.batch, recipe.images, recipe.held_out):
+        seconds += number * _timed(teacher.device, partial(method, teacher, size, seed=_SEED, checkpoints=Forgetful()))
+    return seconds
+
+
+def _clipping(recipe: Recipe, teacher: Teacher) -> float:
+    seconds = 0.0
+    for size, number in _batches(recipe.clipping.batch, recipe.clipping.images):
+        settings = replace(recipe.clipping, images=size, steps=_long_enough(recipe.clipping.steps))
+        seconds += number * _timed(teacher.device, partial(excite, teacher, settings, seed=_SEED, checkpoints=Forgetful()))
+    return seconds
+
+
+def _batches(batch: int, *counts: int) -> list[tuple[int, int]]:
+    """The sizes of the batches of sets with so many images, and how many batches of each there are."""
+    return list(Counter(size for count in counts for _, size in batches(count, batch)).items())
+
+
+def _distillation(recipe: Recipe, teacher: Teacher, share: float) -> float:
+    """A step of the student alone, on as many images as in the run, with known logits where the run knows them."""
+    _, student = _student(recipe, teacher)
+    settings = replace(recipe.distillation, steps=_long_enough(recipe.distillation.steps))
+    synthetic = recipe.synthesis.batch if isinstance(recipe.synthesis, Streaming) else settings.batch
+    count = settings.batch if share == 1 else synthetic + round(synthetic * share / (1 - share))
+    source: Source = _Noise(teacher, count)
+    crops = [area for area, part in ((settings.smallest_crop, 1 - share), (settings.smallest_real_crop, share)) if part]
+    if min(crops) < 1:
+        source = Augmented(source, Augmentation(min(crops), settings.flip), seed=_SEED.at("crops"))
+    return _timed(teacher.device, partial(distil, teacher.graph, student, source, settings, checkpoints=Forgetful()))
+
+
+def _reconstruction(recipe: Recipe, teacher: Teacher) -> float:
+    """A step of every unit; they cost so differently that each has its trial."""
+    reference, student = _student(recipe, teacher)
+    watch = _Watch(teacher.device, limit=0)
+    round_weights(
+        reference,
+        student,
+        _noise(teacher, _IMAGES),
+        recipe.rounding,
+        replace(recipe.reconstruction, iterations=_TRIAL),
+        seed=_SEED,
+        checkpoints=Forgetful(),
+        progress=watch,
+    )
+    return sum(_step_seconds(watch.times[first : first + _TRIAL]) for first in range(0, len(watch.times), _TRIAL))
+
+
+def _student(recipe: Recipe, teacher: Teacher) -> tuple[fx.GraphModule, Student]:
+    """A reference graph and a student of it to throw away; not equalized, which changes no cost."""
+    bits = recipe.quantization
+    reference = fold_batch_norms(teacher.graph) if bits.placement == "integer" else teacher.graph
+    widths = {"weight_bits": bits.weight_bits, "activation_bits": bits.activation_bits, "end_bits": bits.end_bits}
+    student = place(reference, bits.placement, **widths)
+    calibrate_activations(reference, student, _noise(teacher, _IMAGES), MinMax(), batch=_IMAGES, progress=Silent())
+    calibrate_weights(student, MinMax())
+    return reference, student
+
+
+def _noise(teacher: Teacher, count: int) -> Tensor:
+    return torch.randn(count, *teacher.input.shape, generator=_SEED.generator()).to(teacher.device)
+
+
+def _real_share(recipe: Recipe, real: Images | None) -> float:
+    """The share of real images in what is learned from."""
+    if real is None or not recipe.images:
+        return float(real is not None)
+    return recipe.real_share or len(real) / (len(real) + recipe.images)
+
+
+class _Noise:
+    """The same batch again and again."""
+
+    def __init__(self, teacher: Teacher, count: int) -> None:
+        inputs = _noise(teacher, count)
+        labels = torch.arange(count, device=teacher.device) % teacher.classes
+        with torch.no_grad():
+            self._batch = Batch(inputs, labels, teacher.graph(inputs))
+
+    def draw(self, number: int, progress: float) -> Batch:
+        """It."""
+        return self._batch
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Nothing to do."""

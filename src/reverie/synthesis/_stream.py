@@ -1,0 +1,207 @@
+"""A generator in training, as a source of images: what GDFQ, FDDA, ClusterQ and DSG's generator share.
+
+The generator's loss needs the teacher alone, so a stream can be trained by itself (the warm-up, whose end also gives the
+fixed set of images that every synthesis method gives) and then goes on training while a student consumes the very
+batches it is trained on, together with the logits that the teacher gave them.
+
+    warm-up       `steps` steps of the generator, learning rate constant
+    student       one more step for each batch drawn, learning rate x 0.1 after each quarter (as in all repositories of the
+                  family: epochs 100, 200, 300 of 400)
+
+A method is a frozen dataclass derived from `GeneratorMethod`, and a class derived from `GeneratorStream` whose `terms`
+are its loss. See `gdfq.py`, the smallest.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from reverie.checkpoints import Checkpoints
+from reverie.descent import Descent, below, under
+from reverie.errors import ConfigError, check_range
+from reverie.graph.batch_norm import Level, Observed
+from reverie.images import Images
+from reverie.images.source import Batch
+from reverie.progress import Progress
+from reverie.randomness import Seed
+from reverie.synthesis import Teacher, lacks_batch_norm
+from reverie.synthesis._generator import CONDITIONINGS, Conditioning, Generator
+
+# How often a warm-up is saved.
+_CHECKPOINTS = 10
+# From so many parameters on, a narrower generator is worth a hint.
+_LARGE = 10_000_000
+# After each quarter of the student's steps.
+_DECAY = 0.1
+
+
+class GeneratorStream(nn.Module):
+    """A generator, its optimizer and its teacher; a subclass says by what loss it learns.
+
+    Args:
+        settings: The method.
+        seed: Of weights, noise and labels.
+    """
+
+    level: ClassVar[Level] = "batch"
+
+    def __init__(self, settings: "GeneratorMethod", teacher: Teacher, seed: Seed) -> None:
+        super().__init__()
+        self.name = type(settings).__module__.rpartition(".")[2]
+        self.settings, self.seed, self.classes = settings, seed, teacher.classes
+        self.norms, self.device = teacher.batch_norms, teacher.device
+        self.observed = Observed(teacher.graph, self.level)
+        self.generator = Generator(
+            teacher.input,
+            teacher.classes,
+            latent=settings.latent,
+            width=settings.width,
+            conditioning=settings.conditioning,
+            seed=seed.at("weights"),
+        ).to(self.device)
+        self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._descent = Descent(
+            torch.optim.Adam(self.generator.parameters(), lr=settings.learning_rate, betas=(0.5, 0.999)),
+            place=f"{self.name}: generator",
+            cure=f"try --set synthesis.learning_rate={settings.learning_rate / 4:g}",
+        )
+        self.trained = 0
+
+    def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
+        """The weighted terms of the loss at step `number`, and the batch of mixed classes that they were computed on.
+
+        Args:
+            random: For noise and labels of this step; on the CPU, so that every device sees the same.
+        """
+        raise NotImplementedError
+
+    def make(self, labels: Int[Tensor, " batch"], random: torch.Generator) -> Tensor:
+        """Images of the classes asked for, with gradients to the generator."""
+        noise = torch.randn(len(labels), self.generator.latent, generator=random).to(self.device)
+        images: Tensor = self.generator(noise, labels.to(self.device))
+        return images
+
+    def random_labels(self, count: int, random: torch.Generator) -> Int[Tensor, " batch"]:
+        """`count` classes, uniform."""
+        return torch.randint(self.classes, (count,), generator=random).to(self.device)
+
+    def train_step(self, rate: float) -> tuple[Batch, float]:
+        """One step of the generator at learning rate `rate`: the batch as it was before the step, and its loss."""
+        for group in self._descent.optimizer.param_groups:
+            group["lr"] = rate
+        terms, batch = self.terms(self.trained, self.seed.at("step", self.trained).generator())
+        loss = self._descent.step(self.trained, terms)
+        self.trained += 1
+        return batch, loss
+
+    def draw(self, number: int, progress: float) -> Batch:
+        """One more step of the generator, and the batch it was made on."""
+        return self.train_step(self.settings.learning_rate * _DECAY ** int(4 * progress))[0]
+
+    @torch.no_grad()
+    def sample(self, count: int, seed: Seed) -> Images:
+        """`count` images by the generator as it is now, classes in turn."""
+        size = self.settings.batch
+        parts, labels = [], torch.arange(count) % self.classes
+        # Norms read the statistics of their batch, so all batches are whole and mix the classes as in training.
+        order = torch.randperm(-(-count // size) * size, generator=seed.at("order").generator())
+        asked = (order % max(count, 1)) % self.classes
+        kept = {name: value.clone() for name, value in self.generator.state_dict().items()}
+        for number, chosen in enumerate(torch.split(asked, size)):
+            parts.append(self.make(chosen, seed.at("sample", number).generator()).cpu().contiguous())
+        # In training mode a norm also remembers, which nobody reads, but which a checkpoint would tell.
+        self.generator.load_state_dict(kept)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        inputs = torch.cat(parts)[place[:count]]
+        return Images(inputs=inputs, labels=labels, sources=(self.name,) * count)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of everything that decides the batches to come."""
+        weights = {name: value.clone() for name, value in self.generator.state_dict().items()}
+        return {
+            "trained": torch.tensor(self.trained),
+            **below("generator", weights),
+            **below("descent", self._descent.state()),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes back to where `state` was taken."""
+        self.trained = int(state["trained"])
+        self.generator.load_state_dict(under("generator", state))
+        self._descent.restore(under("descent", state))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorMethod:
+    """What all methods with a generator have; each says what the others mean, and its own.
+
+    Args:
+        steps: Of the generator alone, before a student sees its images.
+        batch: Images of mixed classes in each step.
+        latent: Length of the noise vector.
+        width: Channels of the generator's widest layers.
+        conditioning: How the class enters: "norms", "embedding", or "auto" by the image's size.
+        learning_rate: Of Adam with betas 0.5 and 0.999; 1e-3 in all repositories of the family, for 80,000 steps.
+    """
+
+    steps: int = 400
+    batch: int = 64
+    latent: int = 100
+    width: int = 64
+    conditioning: Conditioning = "auto"
+    learning_rate: float = 3e-3
+
+    needs_batch_norm: ClassVar[bool] = True
+    needs_capsule: ClassVar[bool] = False
+    stream_type: ClassVar[type[GeneratorStream]]
+
+    def __post_init__(self) -> None:
+        check_range(
+            self,
+            steps=(1, math.inf),
+            batch=(2, math.inf),
+            latent=(1, math.inf),
+            width=(1, math.inf),
+            learning_rate=(1e-9, math.inf),
+        )
+        if self.conditioning not in CONDITIONINGS:
+            raise ConfigError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}")
+
+    def stream(self, teacher: Teacher, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> GeneratorStream:
+        """The generator after its warm-up, ready to be drawn from; what a checkpoint holds of it is not trained again."""
+        name = type(self).__module__.rpartition(".")[2]
+        if not teacher.batch_norms:
+            raise lacks_batch_norm(teacher.name, name)
+        stream = self.stream_type(self, teacher, seed)
+        saved = checkpoints.load("generator")
+        if saved is not None:
+            stream.restore(saved)
+        if stream.trained < self.steps:
+            every = max(self.steps // _CHECKPOINTS, 1)
+            progress.say(f"{name}: {self._size_text(stream.generator.parameter_count)}")
+            with progress.stage("synthesize", total=self.steps, done=stream.trained) as step:
+                while stream.trained < self.steps:
+                    _, loss = stream.train_step(self.learning_rate)
+                    if stream.trained % every == 0 or stream.trained == self.steps:
+                        checkpoints.save("generator", stream.state())
+                    step(note=f"loss {loss:.3g}")
+        return stream
+
+    def _size_text(self, parameters: int) -> str:
+        """What the generator takes: each number with its gradient and the two moments that Adam keeps of it, in float32."""
+        size = 16 * parameters
+        memory = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+        lighter = f"; synthesis.width={self.width // 2} is lighter" if parameters >= _LARGE and self.width > 1 else ""
+        return (
+            f"generator with {parameters / 1e6:.3g} M parameters, about {memory} with gradients and Adam's moments "
+            f"(width {self.width}{lighter})"
+        )
+
+    def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
+        """`count` images of the generator after its warm-up."""
+        return self.stream(teacher, seed=seed, checkpoints=checkpoints, progress=progress).sample(count, seed)
