@@ -61,7 +61,7 @@ CALIBRATED = (
     f"{RESNET20} {LITERATURE} {bits(4)} --set activations.method=ema --set weights.method=minmax "
     "--set rounding.method=nearest --set quantization.bias_correction=false"
 )
-TUNED = f"{RESNET20} {LITERATURE}"
+TUNED = f"{RESNET20} {LITERATURE} --set quantization.batch_norm_adaptation=false"
 FOUR, THREE, INTEGER = "W4A4, all layers, literature", "W3A3, all layers, literature", "W4A4, 8-bit ends, integer, exported"
 ROWS = {
     "real-calibration": Row(

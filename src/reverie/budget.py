@@ -150,7 +150,7 @@ def fit(recipe: Recipe, teacher: Teacher, real: Images | None, minutes: float, *
 
 def step_costs(recipe: Recipe, teacher: Teacher, real: Images | None, *, progress: Progress) -> dict[str, float]:
     """Seconds that one step more would cost in each stage that learns, by the keys of `learning_steps`."""
-    share = _real_share(recipe, real)
+    share = recipe.share_of_real(recipe.images, 0 if real is None else len(real))
     trials: dict[str, Callable[[], float]] = {
         "synthesis.steps": lambda: _synthesis(recipe, teacher),
         "clipping.steps": lambda: _clipping(recipe, teacher),
@@ -273,13 +273,6 @@ def _student(recipe: Recipe, teacher: Teacher) -> tuple[fx.GraphModule, Student]
 
 def _noise(teacher: Teacher, count: int) -> Tensor:
     return torch.randn(count, *teacher.input.shape, generator=_SEED.generator()).to(teacher.device)
-
-
-def _real_share(recipe: Recipe, real: Images | None) -> float:
-    """The share of real images in what is learned from."""
-    if real is None or not recipe.images:
-        return float(real is not None)
-    return recipe.real_share or len(real) / (len(real) + recipe.images)
 
 
 class _Noise:

@@ -102,6 +102,7 @@ def run(
         ConfigError: The request is wrong, the output folder is not ours, no space is left.
         ModelError: The network cannot be captured, or lacks what the synthesis method reads.
         ExportError: The file could not be made, or ONNX Runtime does not compute what the student does.
+        DivergenceError: Training went out of hand; what was learned before is kept.
     """
     progress = Silent() if progress is None else progress
     check(recipe, network, calibrated=calibration is not None, capsule=capsule is not None, device=device, budget=budget)
@@ -115,7 +116,8 @@ def run(
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         progress.plan(_plan(recipe))
         with _timed(directory, "capture"):
-            teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
+            with _free_if_refused(directory):
+                teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
             if teacher.capsule is not None:
                 save_capsule(teacher.capsule, directory.path / "capsule.safetensors")
         if budget is not None:
@@ -194,7 +196,7 @@ def run_synthesis(
     with _working_in(Path(output), recipe, network, device, given) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
-        with _timed(directory, "capture"):
+        with _timed(directory, "capture"), _free_if_refused(directory):
             teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
         with _timed(directory, "synthesize"):
             images = _images(recipe, teacher, directory, "images", progress)
@@ -222,19 +224,24 @@ def _within(
 ) -> Recipe:
     """The recipe, shortened to `budget` minutes by what the first process of the run measured."""
     if "budget" not in directory.record["facts"]:
-        try:
-            with _timed(directory, "budget"):
-                directory.note(budget=asdict(fit(recipe, teacher, real, budget, progress=progress)))
-        except ConfigError:
-            # Nothing has been learned yet: the folder is to be free for another budget.
-            for name in ("run.json", "recipe.toml", "capsule.safetensors"):
-                (directory.path / name).unlink(missing_ok=True)
-            raise
+        with _timed(directory, "budget"), _free_if_refused(directory):
+            directory.note(budget=asdict(fit(recipe, teacher, real, budget, progress=progress)))
     schedule = Schedule(**directory.record["facts"]["budget"])
     progress.say(schedule.told(recipe))
     shortened = schedule.shorten(recipe)
     atomic_text(directory.path / "recipe.toml", to_toml(shortened))
     return shortened
+
+
+@contextmanager
+def _free_if_refused(directory: RunDirectory) -> Iterator[None]:
+    """Leaves the folder free for another request where this one is refused before anything has been learned."""
+    try:
+        yield
+    except ConfigError:
+        for name in ("run.json", "recipe.toml", "capsule.safetensors"):
+            (directory.path / name).unlink(missing_ok=True)
+        raise
 
 
 def _plan(recipe: Recipe) -> dict[str, float]:
@@ -284,12 +291,18 @@ def check(
             "the literature placement must not be exported, got export = "
             f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
         )
-    synthesizes = recipe.images > 0 or recipe.held_out > 0
-    if synthesizes and recipe.synthesis.needs_capsule and not (calibrated or capsule):
+    if reads_capsule(recipe) and not (calibrated or capsule):
         raise lacks_capsule(network.name, _method(recipe))
+    if capsule and not recipe.synthesis.needs_capsule:
+        raise ConfigError(f"{_method(recipe)} reads no capsule, got one; leave it out, or use --recipe fdda")
     # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
-    if synthesizes and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
+    if _synthesizes(recipe) and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
         raise lacks_batch_norm(network.name, _method(recipe))
+
+
+def reads_capsule(recipe: Recipe) -> bool:
+    """Whether the recipe makes images, by a method that reads what real images tell about each class."""
+    return _synthesizes(recipe) and recipe.synthesis.needs_capsule
 
 
 def as_teacher(network: Network, device: str = "cpu") -> Teacher:
@@ -302,8 +315,8 @@ def as_teacher(network: Network, device: str = "cpu") -> Teacher:
 
 
 def with_capsule(teacher: Teacher, recipe: Recipe, calibration: Images | None, capsule: Capsule | None) -> Teacher:
-    """The teacher with what real images tell about its classes, if the recipe's method reads that."""
-    if not recipe.synthesis.needs_capsule:
+    """The teacher with what real images tell about its classes, if the recipe reads that."""
+    if not reads_capsule(recipe):
         return teacher
     if capsule is None:
         assert calibration is not None
@@ -386,6 +399,8 @@ def quantize(
     calibrate_weights(student, recipe.weights)
     learned: dict[str, Any] = {}
     if recipe.distillation.steps:
+        if settings.batch_norm_adaptation:
+            adapt_batch_norms(reference, student, inputs, fix_codes=False, progress=progress)
         source, composition = _source(recipe, teacher, images, directory.path / "checkpoints", progress)
         parts = Folder(checkpoint("distillation"))
         distil(teacher.graph, student, source, recipe.distillation, checkpoints=parts, progress=progress)
@@ -402,7 +417,7 @@ def quantize(
         progress=progress,
     )
     learned["rounding_errors"] = {name: {"before": before, "after": after} for name, (before, after) in errors.items()}
-    if settings.batch_norm_adaptation:
+    if settings.batch_norm_adaptation and not recipe.distillation.steps:
         adapt_batch_norms(reference, student, inputs, progress=progress)
     if settings.bias_correction:
         correct_biases(reference, student, inputs, progress=progress)
@@ -429,18 +444,11 @@ def _answered(images: Images | None, teacher: Teacher) -> Images | None:
     return None if images is None else replace(images, logits=teacher.logits(images.inputs))
 
 
-def _real_share(recipe: Recipe, images: dict[str, Images]) -> float:
-    """The share of real images in what is learned from: what the recipe says, or their share of all images."""
-    if "real" not in images or len(images) == 1:
-        return float("real" in images)
-    return recipe.real_share or len(images["real"]) / sum(len(part) for part in images.values())
-
-
 def _share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:
     """How often each image is to be drawn; None for all alike."""
     if not recipe.real_share or len(images) == 1:
         return None
-    share = _real_share(recipe, images)
+    share = recipe.real_share
     shares = ((share if name == "real" else 1 - share) for name in images)
     return torch.cat([torch.full((len(part),), each / len(part)) for part, each in zip(images.values(), shares, strict=True)])
 
@@ -449,27 +457,33 @@ def _source(
     recipe: Recipe, teacher: Teacher, images: dict[str, Images], folder: Path, progress: Progress
 ) -> tuple[Source, dict[str, int]]:
     """Where distillation gets its batches from, and how many images of which kind each holds."""
-    settings, method, share = recipe.distillation, recipe.synthesis, _real_share(recipe, images)
-    seed, device = Seed(recipe.seed, ("distillation",)), teacher.device
+    settings, method, name = recipe.distillation, recipe.synthesis, _method(recipe)
+    share = recipe.share_of_real(*(len(images.get(part, ())) for part in (name, "real")))
+    seed = Seed(recipe.seed, ("distillation",))
     crops = Augmentation(settings.smallest_crop, settings.flip) if settings.smallest_crop < 1 else None
     real_crops = Augmentation(settings.smallest_real_crop, settings.flip) if settings.smallest_real_crop < 1 else None
+
+    def drawn(kind: str, count: int, augmentation: Augmentation | None) -> Source:
+        """Batches of a set that is given."""
+        place = seed.at("real" if kind == "real" else "synthetic")
+        return Shuffled(
+            images[kind], count, seed=place, device=teacher.device, augmentation=augmentation, teacher=teacher.graph
+        )
+
     if share == 1:
-        source = Shuffled(images["real"], settings.batch, seed=seed.at("real"), device=device, augmentation=real_crops)
-        return source, {"real": settings.batch}
-    name = _method(recipe)
-    synthetic: Source
+        return drawn("real", settings.batch, real_crops), {"real": settings.batch}
     if isinstance(method, Streaming):
-        size, synthetic = method.batch, _stream(recipe, method, teacher, folder, progress)
+        size = method.batch
+        synthetic: Source = _stream(recipe, method, teacher, folder, progress)
         if crops is not None:
-            synthetic = Augmented(synthetic, crops, seed=seed.at("crops"))
+            synthetic = Augmented(synthetic, crops, seed=seed.at("crops"), teacher=teacher.graph)
     else:
         size = settings.batch
-        synthetic = Shuffled(images[name], size, seed=seed.at("synthetic"), device=device, augmentation=crops)
+        synthetic = drawn(name, size, crops)
     count = round(size * share / (1 - share))
     if count == 0:
         return synthetic, {name: size}
-    real = Shuffled(images["real"], count, seed=seed.at("real"), device=device, augmentation=real_crops)
-    return Mixed(synthetic, real), {name: size, "real": count}
+    return Mixed(synthetic, drawn("real", count, real_crops)), {name: size, "real": count}
 
 
 @contextmanager
@@ -532,6 +546,10 @@ def _cost(directory: RunDirectory, device: str) -> dict[str, Any]:
     # The two sets of images are parts of the stage that makes them.
     stages = {name: facts["seconds"] for name, facts in directory.record["stages"].items() if name not in _IMAGE_SETS}
     return {"seconds": stages, "peak_memory_bytes": peak_memory(device)}
+
+
+def _synthesizes(recipe: Recipe) -> bool:
+    return recipe.images > 0 or recipe.held_out > 0
 
 
 def _method(recipe: Recipe) -> str:

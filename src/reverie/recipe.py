@@ -50,7 +50,8 @@ class Quantization:
         end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
         equalize: Cross-layer equalization before anything else.
         bias_correction: Give every channel its mean back after rounding.
-        batch_norm_adaptation: Give every channel its mean and deviation back after rounding (ACQ's, reconstructed).
+        batch_norm_adaptation: Give every channel its mean and deviation back, after rounding, or before distillation, which
+            then starts from there (ACQ's, reconstructed).
     """
 
     placement: PlacementKind = "integer"
@@ -62,6 +63,11 @@ class Quantization:
     batch_norm_adaptation: bool = False
 
     def __post_init__(self) -> None:
+        if self.bias_correction and self.batch_norm_adaptation:
+            raise ConfigError(
+                "bias_correction must be false with batch_norm_adaptation, got both; adaptation corrects biases too: use "
+                "--set quantization.bias_correction=false"
+            )
         bits = (MIN_BITS, MAX_BITS)
         check_range(self, weight_bits=bits, activation_bits=bits, end_bits=bits)
 
@@ -74,8 +80,8 @@ class Recipe:
         seed: Of everything random.
         images: Synthetic calibration images; 0 means only the real ones given.
         held_out: Synthetic images, from another seed, on which agreement is measured.
-        real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 1; 0 means
-            in proportion to their numbers.
+        real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 0.9, or 1; 0 means
+            in proportion to their numbers, but at most half of a batch of distillation.
         synthesis, activations, weights, rounding, export: The methods.
         quantization, clipping, reconstruction, distillation: The numbers of the stages.
     """
@@ -96,11 +102,23 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_range(self, images=(0, math.inf), held_out=(0, math.inf), real_share=(0, 1))
+        if 0.9 < self.real_share < 1:
+            raise ConfigError(
+                f"real_share must be at most 0.9, or 1, got {self.real_share}; beside a fixed number of synthetic images a batch "
+                "would grow without bound"
+            )
         if self.distillation.steps and self.rounding.learned:
             raise ConfigError(
                 f"distillation.steps must be 0 with learned rounding, got {self.distillation.steps}; distillation learns the "
                 "weights themselves: use --set rounding.method=nearest"
             )
+
+    def share_of_real(self, synthetic: int, real: int) -> float:
+        """The share of real images in a batch of distillation, where there are `synthetic` and `real` images in all."""
+        if not synthetic or not real:
+            return float(not synthetic)
+        # In proportion, a thousand photographs beside 64 synthetic images would be a batch of a thousand.
+        return self.real_share or min(real / (real + synthetic), 0.5)
 
     @property
     def fingerprint(self) -> str:

@@ -119,6 +119,19 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
             "the literature placement must not be exported, got export = 'onnx'; it is for comparison with papers: "
             "use --set export.method=none",
         ),
+        (
+            ["--placement", "papers"],
+            "recipe zeroq: [quantization]: placement must be 'integer' or 'literature', got 'papers'",
+        ),
+        (
+            ["--recipe", "fdda"],
+            "embedded:digits: fdda needs labelled real images, one for each class, got none; give --calibration with a folder "
+            "of them (one sub-folder a class) or --capsule with a file that `reverie capsule` wrote",
+        ),
+        (
+            ["--recipe", "fdda", "--capsule", "centres.safetensors"],
+            "centres.safetensors: must be a file that `reverie capsule` wrote, got no such file; check the path",
+        ),
     ],
 )
 def test_a_wrong_request_is_refused(capsys, tmp_path, arguments, expected):

@@ -10,11 +10,11 @@ from PIL import Image
 from tests.cli.conftest import SHAPE
 
 from reverie.cli import main
-from reverie.cli.capsule import _listed
 from reverie.images import Images
 from reverie.images.store import save_images, save_pngs
 from reverie.models.embedded import DIGITS_INPUT, digits_images, load
 from reverie.pipeline import as_teacher
+from reverie.report.outcome import numbers_text
 from reverie.synthesis._capsule import Capsule, capsule_of, load_capsule, save_capsule
 
 
@@ -121,7 +121,7 @@ def test_the_next_command_repeats_what_the_network_needs(capsys, nets, weights, 
     ],
 )
 def test_at_most_ten_classes_are_listed(classes, expected):
-    assert _listed(list(classes)) == expected
+    assert numbers_text(list(classes)) == expected
 
 
 def test_a_folder_without_labels_is_refused(capsys, tmp_path):

@@ -283,7 +283,7 @@ def test_a_loss_that_is_lost_stops_it(teachers, images, tmp_path):
         assert re.fullmatch(
             rf"distillation: the loss must stay (finite|below 1000 times where it began), got {NUMBER} at step \d "
             rf"\(KL {NUMBER}, class {NUMBER}\); "
-            r"try --set distillation\.learning_rate=2\.5e\+19",
+            r"try --set distillation\.learning_rate=2\.5e\+19 with another --output",
             str(stopped.value),
         )
 
@@ -305,7 +305,7 @@ def test_a_loss_that_explodes_stops_it_and_leaves_the_last_checkpoint_to_go_on_f
         distilled(teacher, broken, flash, Folder(tmp_path), **settings)
     assert re.fullmatch(
         rf"distillation: the loss must stay below 1000 times where it began, got {NUMBER} at step 30 "
-        rf"\(KL {NUMBER}, class {NUMBER}\); try --set distillation\.learning_rate=0\.0005",
+        rf"\(KL {NUMBER}, class {NUMBER}\); try --set distillation\.learning_rate=0\.0005 with another --output",
         str(stopped.value),
     )
     assert int(Folder(tmp_path).load("distillation")["done"]) == 28

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from reverie.progress import choose
 
 if TYPE_CHECKING:
     from reverie.images import Images
-
-_MOST_LISTED = 10
 
 
 def capsule(
@@ -51,7 +48,7 @@ def capsule(
     loaded = options.load(network)
     # Takes half a second to import, which no wrong output or network should wait for.
     from reverie import pipeline
-    from reverie.report.outcome import size_text
+    from reverie.report.outcome import numbers_text, size_text
 
     pipeline.check_device(device)
     with at("--calibration"):
@@ -76,8 +73,8 @@ def capsule(
         )
         return
     present = centres.classes - len(centres.missing)
-    say(f"classes: {present} of {centres.classes} present, missing: {_listed(centres.missing)}")
-    say(f"misclassified: {_listed(centres.wrong)}")
+    say(f"classes: {present} of {centres.classes} present, missing: {numbers_text(centres.missing)}")
+    say(f"misclassified: {numbers_text(centres.wrong)}")
     say(
         f"file: {output}, {size_text(sizes['capsule'])}; the {len(images)} images it stands for have "
         f"{size_text(sizes['images'])} in {calibration}"
@@ -97,12 +94,6 @@ def _bytes(images: "Images", calibration: Path) -> int:
     """Size of the images as they lie on the disk."""
     files = [calibration] if calibration.is_file() else [calibration / source for source in images.sources]
     return sum(file.stat().st_size for file in files)
-
-
-def _listed(classes: Sequence[int]) -> str:
-    """Such as `3, 7`, or `0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 90 more`."""
-    more = f" and {len(classes) - _MOST_LISTED} more" if len(classes) > _MOST_LISTED else ""
-    return ", ".join(map(str, classes[:_MOST_LISTED])) + more or "none"
 
 
 def _as_flags(options: NetworkOptions) -> list[str]:

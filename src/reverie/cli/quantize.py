@@ -104,7 +104,7 @@ def quantize(
     pipeline.check(resolved, loaded, device=device, budget=budget, **given)
     check_output(folder, pipeline.identity(resolved, loaded))
     centres = None if capsule is None else load_capsule(capsule)
-    labels = resolved.synthesis.needs_capsule and capsule is None
+    labels = pipeline.reads_capsule(resolved) and capsule is None
     real = None if calibration is None else _read(calibration, loaded, require_labels=labels, option="--calibration")
     unseen = None if unlabelled is None else _read(unlabelled, loaded, require_labels=False, option="--unlabelled")
     labelled = None if evaluate is None else _labelled(evaluate, loaded)

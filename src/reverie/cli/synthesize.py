@@ -60,7 +60,7 @@ def synthesize(
     centres = None if capsule is None else load_capsule(capsule)
     real = None
     if calibration is not None:
-        labels = resolved.synthesis.needs_capsule and capsule is None
+        labels = pipeline.reads_capsule(resolved) and capsule is None
         with at("--calibration"):
             real = read_folder(calibration, loaded.input, loaded.classes, require_labels=labels)
     run = pipeline.run_synthesis(
@@ -76,5 +76,7 @@ def synthesize(
         say_json(run.metrics)
         return
     say(f"images: {outcome.images_text(run.metrics['images'])}")
+    for line in outcome.learning_notes(run.metrics):
+        say(line)
     say(f"seconds: {outcome.seconds_text(run.metrics['seconds'])}")
     say(f"files: {run.path}: images.safetensors, images/*.png, images/contact_sheet.png, metrics.json")

@@ -37,6 +37,11 @@ from reverie.images.store import load_images
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _MODES = {1: "L", 3: "RGB"}
+# What to do about images without labels.
+_ADD_TABLE = (
+    "add a labels.csv with columns 'file' and 'label', or put the images of each class into a folder named by its number"
+)
+_ADD_ARRAY = "add an array 'labels' to the file"
 # All that Pillow raises for files that are no images, are cut short or lie about their size.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -94,7 +99,7 @@ def _read_files(
     files = [files[index] for index in chosen]
     labels = None if labels is None else [labels[index] for index in chosen]
     names = tuple(os.path.relpath(file, directory) for file in files)
-    _check_labels(labels, names, classes, require_labels)
+    _check_labels(labels, names, classes, require_labels, _ADD_TABLE)
     inputs = torch.empty(len(files), *contract.shape)
 
     def look(index: int) -> None:
@@ -301,14 +306,13 @@ def _spread(count: int, limit: int | None) -> list[int]:
     return [index * count // chosen for index in range(chosen)]
 
 
-def _check_labels(labels: Sequence[int] | None, names: Sequence[str], classes: int, require_labels: bool) -> None:
+def _check_labels(
+    labels: Sequence[int] | None, names: Sequence[str], classes: int, require_labels: bool, cure: str = _ADD_ARRAY
+) -> None:
     """Called before anything is decoded, so that a wrong folder is refused at once."""
     if labels is None:
         if require_labels:
-            raise ConfigError(
-                f"must have labels 0 to {classes - 1}, got none; add a labels.csv with columns 'file' and 'label', "
-                "or put the images of each class into a folder named by its number"
-            )
+            raise ConfigError(f"must have labels 0 to {classes - 1}, got none; {cure}")
         return
     outside = [place for place, label in enumerate(labels) if not 0 <= label < classes]
     if outside:

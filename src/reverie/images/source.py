@@ -4,6 +4,7 @@ A source is asked for its batches in order, 0, 1, 2, …, and draws everything r
 the batch. What it keeps between batches (a generator in training) is its state: restored, it goes on to the same batches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +16,8 @@ from reverie.descent import below, under
 from reverie.images import Images
 from reverie.images.augment import Augmentation, augment
 from reverie.randomness import Seed
+
+Teacher = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Source(Protocol):
         ...
 
 
+@torch.no_grad()
+def _answer(teacher: Teacher | None, inputs: Tensor) -> Tensor | None:
+    return None if teacher is None else teacher(inputs)
+
+
 class Shuffled:
     """A fixed set in endless random order: every image once before any comes again.
 
@@ -56,22 +64,31 @@ class Shuffled:
         images: At least one.
         batch: Images at a time.
         augmentation: Given to every image anew; None shows them as they are, with the logits that are known.
+        teacher: Asked for the logits of augmented images; None leaves that to the reader.
     """
 
     def __init__(
-        self, images: Images, batch: int, *, seed: Seed, device: torch.device, augmentation: Augmentation | None = None
+        self,
+        images: Images,
+        batch: int,
+        *,
+        seed: Seed,
+        device: torch.device,
+        augmentation: Augmentation | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self._inputs = images.inputs.to(device)
         self._labels = None if images.labels is None else images.labels.to(device)
         self._logits = None if images.logits is None else images.logits.to(device)
-        self._batch, self._seed, self._augmentation = batch, seed, augmentation
+        self._batch, self._seed, self._augmentation, self._teacher = batch, seed, augmentation, teacher
 
     def draw(self, number: int, progress: float) -> Batch:
         """Batch `number`."""
         chosen = self._chosen(number).to(self._inputs.device)
         inputs, logits = self._inputs[chosen], None if self._logits is None else self._logits[chosen]
         if self._augmentation is not None:
-            inputs, logits = augment(inputs, self._augmentation, self._seed.at("augment", number).generator()), None
+            inputs = augment(inputs, self._augmentation, self._seed.at("augment", number).generator())
+            logits = _answer(self._teacher, inputs)
         return Batch(inputs, None if self._labels is None else self._labels[chosen], logits)
 
     def _chosen(self, number: int) -> Int[Tensor, " batch"]:
@@ -91,15 +108,16 @@ class Shuffled:
 
 
 class Augmented:
-    """Another source's batches, every image cropped and flipped anew; the teacher is to be asked again."""
+    """Another source's batches, every image cropped and flipped anew, with the teacher's answers to that if it is given."""
 
-    def __init__(self, source: Source, augmentation: Augmentation, *, seed: Seed) -> None:
-        self._source, self._augmentation, self._seed = source, augmentation, seed
+    def __init__(self, source: Source, augmentation: Augmentation, *, seed: Seed, teacher: Teacher | None = None) -> None:
+        self._source, self._augmentation, self._seed, self._teacher = source, augmentation, seed, teacher
 
     def draw(self, number: int, progress: float) -> Batch:
-        """The source's batch `number`, without logits."""
+        """The source's batch `number`, augmented."""
         batch = self._source.draw(number, progress)
-        return Batch(augment(batch.inputs, self._augmentation, self._seed.at(number).generator()), batch.labels, None)
+        inputs = augment(batch.inputs, self._augmentation, self._seed.at(number).generator())
+        return Batch(inputs, batch.labels, _answer(self._teacher, inputs))
 
     def state(self) -> dict[str, Tensor]:
         """The source's."""

@@ -55,7 +55,12 @@ _Channels = Float[Tensor, " channels"]
 
 @torch.no_grad()
 def adapt_batch_norms(
-    teacher: fx.GraphModule, student: Student, inputs: Float[Tensor, "count *shape"], *, progress: Progress
+    teacher: fx.GraphModule,
+    student: Student,
+    inputs: Float[Tensor, "count *shape"],
+    *,
+    fix_codes: bool = True,
+    progress: Progress,
 ) -> dict[str, tuple[float, float]]:
     """Adapts every batch norm of the student, and every layer that one was folded into, in place.
 
@@ -63,6 +68,8 @@ def adapt_batch_norms(
         teacher: The graph that `student` was placed on; unchanged.
         student: Calibrated, its weights rounded. Weights of folded layers that have no codes yet get the nearest ones.
         inputs: Calibration images.
+        fix_codes: Decide the codes of folded layers that have none yet; else their weights are scaled along with their
+            grids (which are the same codes but for ties) and can still be learned.
 
     Returns:
         For each batch norm (before its affine parameters) or folded layer, in execution order, the error of its output before
@@ -94,7 +101,7 @@ def adapt_batch_norms(
             if name in norms:
                 gain, shift = _adapt_(norms[name], arguments(node)["eps"], found, target)
             else:
-                gain, shift = _rescale_(student, name, found, target)
+                gain, shift = _rescale_(student, name, found, target, fix_codes)
                 # Later nodes read the adapted output; recomputing it would give the same.
                 values.mul_(_column(gain, values)).add_(_column(shift, values))
             errors[name] = (distance(found, target), distance((gain * found[0] + shift, gain * found[1]), target))
@@ -107,7 +114,7 @@ def adapt_batch_norms(
 
 def moments(values: Float[Tensor, "count channels *space"]) -> tuple[_Channels, _Channels]:
     """Mean and deviation of every channel, over images and positions."""
-    variance, mean = torch.var_mean(values.movedim(1, 0).flatten(1), dim=1, correction=0)
+    variance, mean = torch.var_mean(values, dim=[0, *range(2, values.dim())], correction=0)
     return mean, variance.sqrt()
 
 
@@ -162,13 +169,17 @@ def _adapt_(
 
 
 def _rescale_(
-    student: Student, name: str, found: tuple[_Channels, _Channels], target: tuple[_Channels, _Channels]
+    student: Student,
+    name: str,
+    found: tuple[_Channels, _Channels],
+    target: tuple[_Channels, _Channels],
+    fix_codes: bool,
 ) -> tuple[_Channels, _Channels]:
     """Adapts weight scale and bias of a folded layer; the gain and shift that this is to its output."""
     layer, quantizer = student.layers[name], student.weights[name]
     assert layer.bias is not None
     weight, bias = student.graph.get_buffer(layer.weight), student.graph.get_buffer(layer.bias)
-    if quantizer.codes is None:
+    if quantizer.codes is None and fix_codes:
         # Rounded on the new scale they would be others.
         quantizer.set_codes(quantizer.final_codes(weight).to(weight.dtype))
     coded = student.biases.get(name, nn.Identity())
@@ -182,6 +193,8 @@ def _rescale_(
         fits = adapted.abs() <= limit
         gain, adapted = torch.where(fits, gain, 1.0), torch.where(fits, adapted, bias)
     quantizer.scale.mul_(gain.view(quantizer.scale.shape))
+    if quantizer.codes is None:
+        weight.mul_(gain.view(quantizer.scale.shape))
     bias.copy_(adapted)
     shift = coded(bias) - gain * added
     return gain, shift

@@ -92,13 +92,14 @@ def excite(
         ConfigError: `settings.images` is 0.
     """
     check_range(settings, images=(1, math.inf))
-    parts = []
+    # Fewer images than classes: evenly from all of them.
+    parts, stride = [], max(teacher.classes // settings.images, 1)
     with progress.stage("excite", total=settings.steps * -(-settings.images // settings.batch)) as step:
         for number, size in batches(settings.images, settings.batch):
             name = f"excited-{number}"
             part = checkpoints.load(name)
             if part is None:
-                labels = (number * settings.batch + torch.arange(size)) % teacher.classes
+                labels = (number * settings.batch + torch.arange(size)) * stride % teacher.classes
                 part = {"inputs": _batch(teacher, settings, labels, seed.at(number), step)}
                 checkpoints.save(name, part)
             else:

@@ -168,7 +168,7 @@ def _learn(
     descent = Descent(
         torch.optim.Adam(parameters, lr=settings.learning_rate),
         place=f"reconstruction of {unit.name}",
-        cure=f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g}",
+        cure=f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g} with another --output",
     )
     generator = seed.generator()
     count = target.shape[0]

@@ -3,6 +3,7 @@
 Everything here reads `metrics.json` and nothing else, so an old run can be shown again.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 _NAMES = {"full_precision": "full precision", "quantized": "fake-quantized", "exported": "exported (ONNX Runtime)"}
@@ -15,6 +16,7 @@ _SETS = {
 NONE = "-"
 # With more classes a number for each, or a name below each bar, would be unreadable.
 MOST_CLASSES_LISTED = 20
+_MOST_NUMBERS = 10
 
 
 def headline(metrics: dict[str, Any]) -> str:
@@ -75,11 +77,11 @@ def score_table(scores: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(metrics: dict[str, Any]) -> list[str]:
-    """A line each on parity, kernels, images and time."""
+    """A line each on parity, images, what was learned from them, and time."""
     lines = []
     if metrics["parity"] is not None:
         lines.append(f"parity: {_parity(metrics['parity'])}")
-    lines.append(f"images: {images_text(metrics['images'])}")
+    lines += [f"images: {images_text(metrics['images'])}", *learning_notes(metrics)]
     lines.append(f"seconds: {seconds_text(metrics['seconds'])}; peak memory {size_text(metrics['peak_memory_bytes'])}")
     return lines
 
@@ -93,6 +95,23 @@ def images_text(images: dict[str, Any]) -> str:
         if diversity[key] is not None:
             parts.append(f"{key.replace('_', ' ').replace('batch norm', 'batch-norm')} {diversity[key]:.3g}")
     return ", ".join(parts)
+
+
+def learning_notes(metrics: dict[str, Any]) -> list[str]:
+    """Likewise on classes that the capsule does not tell, and on what distillation saw; nothing where there is neither."""
+    capsule, distillation = metrics["images"].get("capsule"), metrics.get("distillation")
+    lines = []
+    if capsule is not None and (capsule["missing"] or capsule["misclassified"]):
+        lines.append(f"capsule: {_capsule(capsule)}")
+    if distillation is not None:
+        lines.append(f"distillation: {_distillation(distillation)}")
+    return lines
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Such as `3, 7`, or `0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 90 more`; `none` for none."""
+    more = f" and {len(numbers) - _MOST_NUMBERS} more" if len(numbers) > _MOST_NUMBERS else ""
+    return ", ".join(map(str, numbers[:_MOST_NUMBERS])) + more or "none"
 
 
 def seconds_text(seconds: dict[str, float]) -> str:
@@ -125,6 +144,21 @@ def _classes(histogram: list[int]) -> str:
     if len(histogram) <= MOST_CLASSES_LISTED:
         return f"{' '.join(map(str, histogram))} of each class"
     return f"{sum(count > 0 for count in histogram)} of {len(histogram)} classes seen, at most {max(histogram)} of one"
+
+
+def _capsule(capsule: dict[str, Any]) -> str:
+    """Such as `3 of 10 classes missing (2, 5, 7); 1 misclassified (4)`."""
+    found = {kind: capsule[kind] for kind in ("missing", "misclassified") if capsule[kind]}
+    text = "; ".join(f"{len(classes)} {kind} ({numbers_text(classes)})" for kind, classes in found.items())
+    count, _, rest = text.partition(" ")
+    return f"{count} of {capsule['classes']} classes {rest}"
+
+
+def _distillation(distillation: dict[str, Any]) -> str:
+    """Such as `300 steps, each on 64 fdda and 64 real images`."""
+    steps = distillation["steps"]
+    images = " and ".join(f"{count} {source}" for source, count in distillation["images_of_a_step"].items())
+    return f"{steps} step{'' if steps == 1 else 's'}, each on {images} images"
 
 
 def _difference(interval: dict[str, float]) -> str:

@@ -68,6 +68,7 @@ def render(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], path
         latency=metrics["latency_ms"],
         sheet=_embedded(path / "images" / "contact_sheet.png"),
         images=outcome.images_text(metrics["images"]),
+        learning=outcome.learning_notes(metrics),
         classes=_classes(metrics["images"]["diversity"]["class_histogram"]),
         class_labels=metrics["network"]["classes"] <= outcome.MOST_CLASSES_LISTED,
         measures=_measures(metrics["images"]["diversity"]),
@@ -202,6 +203,11 @@ def _caveats(metrics: dict[str, Any], record: dict[str, Any]) -> list[str]:
             f"Times are medians for single images in ONNX Runtime {record['versions'].get('onnxruntime', '')} on one machine "
             f"({record['versions']['threads']} threads). Other processors rank FP32 and integers differently, and a busy "
             "machine shifts both."
+        )
+    if metrics["quantization"].get("placement") == "literature":
+        found.append(
+            "This is the literature's placement (batch norms kept, all layers at the same bits), for comparison with papers: "
+            "integer runtimes execute another one, with another accuracy."
         )
     if metrics["latency_ms"] is None:
         found.append("Nothing was run in a real runtime, so the numbers are those of the simulation in PyTorch.")

@@ -14,9 +14,10 @@ How the class enters (algorithms 1.5):
     "embedding"  plain batch norms; z is multiplied by a learned vector of the class. The literature's choice for CIFAR.
 
 The last norm gives every channel of a batch mean 0 and deviation 1, which is put onto the pixels' mean and deviation, so
-that no term has to keep pixels in range; what still sticks out is clamped. Where a network's normalization was made of
-data statistics, that is its own input units, as in the papers; where it was not (0.5 and 0.5, or raw pixels), unit
-deviation would be far from any image's, and the statistics of photographs stand in.
+that no term has to keep pixels in range. What still sticks out (4 to 5 % of the pixels of an untrained generator for CIFAR
+or ImageNet) is clamped, which the papers do not do: images stay valid, and such a pixel has no gradient of its own. Where a
+network's normalization was made of data statistics, unit deviation is that of its own input units, as in the papers; where
+it was not (0.5 and 0.5, or raw pixels), it would be far from any image's, and the statistics of photographs stand in.
 
 The generator always runs in training mode: its norms use the statistics of the batch, as in all repositories of the family.
 

@@ -5,8 +5,8 @@ fixed set of images that every synthesis method gives) and then goes on training
 batches it is trained on, together with the logits that the teacher gave them.
 
     warm-up       `steps` steps of the generator, learning rate constant
-    student       one more step for each batch drawn, learning rate x 0.1 after each quarter (as in all repositories of the
-                  family: epochs 100, 200, 300 of 400)
+    student       one more step for each batch drawn, learning rate x `decay` after each quarter (all repositories of the
+                  family: after 100, 200 and 300 of 400 epochs, warm-up included)
 
 A method is a frozen dataclass derived from `GeneratorMethod`, and a class derived from `GeneratorStream` whose `terms`
 are its loss. See `gdfq.py`, the smallest.
@@ -35,8 +35,6 @@ from reverie.synthesis._generator import CONDITIONINGS, Conditioning, Generator
 _CHECKPOINTS = 10
 # From so many parameters on, a narrower generator is worth a hint.
 _LARGE = 10_000_000
-# After each quarter of the student's steps.
-_DECAY = 0.1
 
 
 class GeneratorStream(nn.Module):
@@ -67,7 +65,7 @@ class GeneratorStream(nn.Module):
         self._descent = Descent(
             torch.optim.Adam(self.generator.parameters(), lr=settings.learning_rate, betas=(0.5, 0.999)),
             place=f"{self.name}: generator",
-            cure=f"try --set synthesis.learning_rate={settings.learning_rate / 4:g}",
+            cure=f"try --set synthesis.learning_rate={settings.learning_rate / 4:g} with another --output",
         )
         self.trained = 0
 
@@ -100,16 +98,17 @@ class GeneratorStream(nn.Module):
 
     def draw(self, number: int, progress: float) -> Batch:
         """One more step of the generator, and the batch it was made on."""
-        return self.train_step(self.settings.learning_rate * _DECAY ** int(4 * progress))[0]
+        return self.train_step(self.settings.learning_rate * self.settings.decay ** int(4 * progress))[0]
 
     @torch.no_grad()
     def sample(self, count: int, seed: Seed) -> Images:
         """`count` images by the generator as it is now, classes in turn."""
         size = self.settings.batch
-        parts, labels = [], torch.arange(count) % self.classes
+        # Fewer images than classes: evenly from all of them.
+        parts, labels = [], torch.arange(count) * max(self.classes // max(count, 1), 1) % self.classes
         # Norms read the statistics of their batch, so all batches are whole and mix the classes as in training.
         order = torch.randperm(-(-count // size) * size, generator=seed.at("order").generator())
-        asked = (order % max(count, 1)) % self.classes
+        asked = labels[order % count]
         kept = {name: value.clone() for name, value in self.generator.state_dict().items()}
         for number, chosen in enumerate(torch.split(asked, size)):
             parts.append(self.make(chosen, seed.at("sample", number).generator()).cpu().contiguous())
@@ -147,6 +146,7 @@ class GeneratorMethod:
         width: Channels of the generator's widest layers.
         conditioning: How the class enters: "norms", "embedding", or "auto" by the image's size.
         learning_rate: Of Adam with betas 0.5 and 0.999; 1e-3 in all repositories of the family, for 80,000 steps.
+        decay: Factor on the learning rate after each quarter of the student's steps.
     """
 
     steps: int = 400
@@ -155,6 +155,7 @@ class GeneratorMethod:
     width: int = 64
     conditioning: Conditioning = "auto"
     learning_rate: float = 3e-3
+    decay: float = 0.1
 
     needs_batch_norm: ClassVar[bool] = True
     needs_capsule: ClassVar[bool] = False
@@ -168,6 +169,7 @@ class GeneratorMethod:
             latent=(1, math.inf),
             width=(1, math.inf),
             learning_rate=(1e-9, math.inf),
+            decay=(0, 1),
         )
         if self.conditioning not in CONDITIONINGS:
             raise ConfigError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}")

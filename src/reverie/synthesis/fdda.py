@@ -20,7 +20,8 @@ trainer's own defaults differ. Classes, as in the code:
 - those without an image are never drawn for B; A knows them.
 
 What the released code does that we do not: it counts layers by the name of the network. The student's side (real and
-synthetic images in each batch, each image with its own crop and flip) is `recovery/distillation.py`; the released cosine
+synthetic images in each batch, real ones with a crop and flip each, synthetic ones only where `smallest_crop` asks for it) is
+`recovery/distillation.py`; the released cosine
 of 20,000 steps, stepped 70,000 times, swings up and down again, ours falls once.
 """
 
@@ -48,9 +49,9 @@ class FddaStream(GeneratorStream):
     settings: "Fdda"
 
     def __init__(self, settings: "Fdda", teacher: Teacher, seed: Seed) -> None:
-        super().__init__(settings, teacher, seed)
         if teacher.capsule is None:
             raise lacks_capsule(teacher.name, "fdda")
+        super().__init__(settings, teacher, seed)
         self.means = [mean.to(self.device) for mean in teacher.capsule.mean]
         self.variances = [variance.to(self.device) for variance in teacher.capsule.variance]
         self.present = teacher.capsule.count > 0
