@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reverie.errors import ConfigError, ExportError, ModelError, ReverieError
+    from reverie.errors import ConfigError, DivergenceError, ExportError, ModelError, ReverieError
     from reverie.images import Images
     from reverie.models import InputContract, Network
     from reverie.models import load as load_network
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Capsule",
     "ConfigError",
+    "DivergenceError",
     "ExportError",
     "Images",
     "InputContract",
@@ -48,6 +49,7 @@ __all__ = [
 _HOMES = {
     "Capsule": "synthesis._capsule",
     "ConfigError": "errors",
+    "DivergenceError": "errors",
     "ExportError": "errors",
     "Images": "images",
     "InputContract": "models",

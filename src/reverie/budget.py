@@ -4,8 +4,8 @@
     factor  = min(1, budget / seconds)
     steps  -> factor x steps, rounded, at least 1
 
-Every schedule (half cosines, quarters, annealing) is defined over shares of its steps and keeps its shape. Nothing is ever
-lengthened. The stages that learn, and what one more step of each means:
+Every schedule (half cosines, quarters, annealing) is defined over shares of its steps and keeps its shape; only ClusterQ's
+`refresh` counts steps and stays. Nothing is ever lengthened. The stages that learn, and what one more step of each means:
 
     synthesis.steps              pixels: one for each batch of images and of held-out images; a generator: one, for all of them
     clipping.steps               one for each batch of exciting images
@@ -16,8 +16,8 @@ What a step costs is measured on noise, with the stage's own code, on copies tha
 random number of the run is touched. What is measured differs from one day to the next, so whoever resumes a run keeps the
 `Schedule` that was found first.
 
-Not covered by the budget: loading, capture, the measurement itself (a few steps of each stage), calibration, bias correction,
-export, and measuring the result.
+Not covered by the budget: loading, capture, the measurement itself (a few steps of each stage), calibration, bias correction, what
+reconstruction computes between its steps (each unit's inputs and outputs), ClusterQ's refreshes, export, and measuring the result.
 """
 
 import math

@@ -201,7 +201,8 @@ def test_a_warm_up_that_diverges_says_so_and_leaves_the_last_good_checkpoint(met
     nans = ", ".join(f"{term} nan" for term in terms)
     # The first step is taken with weights as they were made, the second is lost.
     assert str(caught.value) == (
-        f"{name_of(method)}: generator: the loss must stay finite, got nan at step 1 ({nans}); try --set synthesis.learning_rate=2.5e+29 with another --output"
+        f"{name_of(method)}: generator: the loss must stay finite, got nan at step 1 ({nans}); "
+        "try --set synthesis.learning_rate=2.5e+29 with another --output"
     )
     saved = Folder(tmp_path).load("generator")
     assert saved["trained"].item() == 1
