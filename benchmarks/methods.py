@@ -93,6 +93,10 @@ for table, number in ((FOUR, 4), (THREE, 3)):
         f"fdda-{number}": Row(table, "fdda", "1 image a class", f"{TUNED} {bits(number)} --recipe fdda {ONE}"),
     }
 ROWS |= {
+    # What the real images do by themselves: GDFQ's generator knows nothing of them, the student sees them.
+    "gdfq-real-3": Row(
+        THREE, "gdfq, half of each batch real", "1 image a class", f"{TUNED} {bits(3)} --recipe gdfq --set real_share=0.5 {ONE}"
+    ),
     "fdda-10-4": Row(FOUR, "fdda", "10 images a class", f"{TUNED} {bits(4)} --recipe fdda {TEN}"),
     "mobilenet_v2-gdfq": Row(f"MobileNetV2, {FOUR}", "gdfq", "none", f"{MOBILENET} {LITERATURE} {bits(4)} --recipe gdfq"),
     "mobilenet_v2-clusterq": Row(
