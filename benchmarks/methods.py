@@ -194,11 +194,9 @@ def line(row: Row, runs: list[dict]) -> str:
 def tables(assets: Path) -> None:
     """Prints what is complete."""
     for table in dict.fromkeys(row.table for row in ROWS.values()):
-        print(f"\n### {table}\n\n{HEADER}")
-        for name, row in ROWS.items():
-            runs = found(name)
-            if row.table == table and runs:
-                print(line(row, runs))
+        lines = [line(row, runs) for name, row in ROWS.items() if row.table == table and (runs := found(name))]
+        if lines:
+            print("\n".join([f"\n### {table}\n\n{HEADER}", *lines]))
     print()
     for name, row in ROWS.items():
         command = row.command.format(assets="ASSETS", build=BUILD.relative_to(ROOT), seed="SEED")
