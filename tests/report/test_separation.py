@@ -13,6 +13,7 @@ from reverie.pipeline import as_teacher
 from reverie.recipe import read
 from reverie.report import separation
 from reverie.report.render import render
+from reverie.synthesis._losses import deep_layers
 
 RECORD = {"versions": {"threads": 2, "onnxruntime": "1"}, "facts": {"options": {}, "device": "cpu"}}
 
@@ -136,7 +137,7 @@ def test_the_order_of_images_does_not_matter(teacher, real):
 
 @pytest.mark.parametrize(("norms", "first"), [(1, 0), (3, 0), (4, 0), (7, 2), (19, 8), (20, 8), (27, 12), (52, 24), (53, 25)])
 def test_the_deep_batch_norms_are_those_of_fdda(norms, first):
-    assert separation.first_deep(norms) == first
+    assert deep_layers(norms).start == first
 
 
 def test_the_statistics_are_those_of_each_image_alone(teacher, real, tiny_cnn):

@@ -28,6 +28,7 @@ from torch import Tensor
 from reverie.graph.batch_norm import Observed
 from reverie.images import Images
 from reverie.synthesis import Teacher
+from reverie.synthesis._losses import deep_layers
 
 REAL = "real"
 MEASURES = ("inter_class_separation", "intra_class_spread", "separation_ratio", "centre_distance_to_real", "coverage")
@@ -61,17 +62,12 @@ def describe(teacher: Teacher, sets: dict[str, Images], batch: int = 64) -> dict
     return described
 
 
-def first_deep(norms: int) -> int:
-    """The index of the first deep one of so many batch norms."""
-    return max(0, (norms + 1) // 2 - 2)
-
-
 @torch.no_grad()
 def deep_statistics(
     teacher: Teacher, images: Images, batch: int = 64
 ) -> tuple[Float[Tensor, "count features"], Int[Tensor, " count"]]:
     """The vector x_i of every image, and its class: the label, or what the teacher takes it for. Both on the CPU."""
-    start = first_deep(len(teacher.batch_norms))
+    start = deep_layers(len(teacher.batch_norms)).start
     deep = teacher.batch_norms[start:]
     observed = Observed(teacher.graph, "sample")
     rows, classes = [], []
