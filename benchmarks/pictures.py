@@ -13,8 +13,8 @@ from pathlib import Path
 from reverie import models
 from reverie.images.folder import read_folder
 from reverie.images.store import load_images
-from reverie.pipeline import as_teacher
 from reverie.report import plots, separation
+from reverie.stages import as_teacher
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from reverie import budget
 from reverie.budget import Schedule, fit, learning_steps, step_costs
 from reverie.checkpoints import Forgetful
 from reverie.errors import ConfigError
-from reverie.pipeline import as_teacher, run, with_capsule
+from reverie.pipeline import run
 from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.recipe import from_tables, presets, read, tables
+from reverie.stages import as_teacher, with_capsule
 from reverie.synthesis.fdda import Fdda
 from reverie.synthesis.gdfq import Gdfq
 

@@ -5,10 +5,11 @@ import torch
 
 from reverie.checkpoints import Folder
 from reverie.graph.batch_norm import Observed
-from reverie.pipeline import as_teacher, run
+from reverie.pipeline import run
 from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.recipe import read
+from reverie.stages import as_teacher
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,9 +19,10 @@ from reverie.export import _verify
 from reverie.export._packed import restore
 from reverie.images.store import load_images
 from reverie.models import InputContract, Network
-from reverie.pipeline import as_teacher, run, student_of
+from reverie.pipeline import run
 from reverie.progress import Silent
 from reverie.recipe import from_tables, presets, read, tables, to_toml
+from reverie.stages import as_teacher, student_of
 
 QUICK = {"images": 16, "held_out": 8, "synthesis.steps": 20, "synthesis.batch": 8}
 

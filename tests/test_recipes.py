@@ -17,9 +17,10 @@ from reverie.export._packed import read_packed
 from reverie.images import Images
 from reverie.images.store import load_images, save_images
 from reverie.models.embedded import digits_images, load
-from reverie.pipeline import as_teacher, run, run_synthesis
+from reverie.pipeline import run, run_synthesis
 from reverie.recipe import presets, read
 from reverie.report import outcome
+from reverie.stages import as_teacher
 from reverie.synthesis._capsule import capsule_of, load_capsule
 
 QUICK = {"images": 16, "held_out": 8}

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from reverie.images import Images
     from reverie.models import InputContract, Network
     from reverie.models import load as load_network
-    from reverie.pipeline import Run, run, synthesize
+    from reverie.pipeline import Run, run
     from reverie.recipe import Recipe
     from reverie.recipe import read as read_recipe
+    from reverie.stages import synthesize
     from reverie.synthesis._capsule import Capsule, capsule_of, load_capsule, save_capsule
 
     __version__: str
@@ -64,7 +65,7 @@ _HOMES = {
     "read_recipe": "recipe:read",
     "run": "pipeline",
     "save_capsule": "synthesis._capsule",
-    "synthesize": "pipeline",
+    "synthesize": "stages",
 }
 
 

@@ -36,8 +36,7 @@ from torch import Tensor, fx
 
 from reverie.checkpoints import Forgetful
 from reverie.errors import ConfigError
-from reverie.graph.fold import fold_batch_norms
-from reverie.graph.placement import Student, place
+from reverie.graph.placement import Student
 from reverie.images import Images
 from reverie.images.augment import Augmentation
 from reverie.images.source import Augmented, Batch, Source
@@ -49,6 +48,7 @@ from reverie.recovery.clipping import excite
 from reverie.recovery.distillation import distil
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights
+from reverie.stages import student_of
 from reverie.synthesis import Streaming, Teacher, batches
 
 # Steps of a trial: until caches and memory are warm, and those that are timed.
@@ -262,10 +262,7 @@ def _reconstruction(recipe: Recipe, teacher: Teacher) -> float:
 
 def _student(recipe: Recipe, teacher: Teacher) -> tuple[fx.GraphModule, Student]:
     """A reference graph and a student of it to throw away; not equalized, which changes no cost."""
-    bits = recipe.quantization
-    reference = fold_batch_norms(teacher.graph) if bits.placement == "integer" else teacher.graph
-    widths = {"weight_bits": bits.weight_bits, "activation_bits": bits.activation_bits, "end_bits": bits.end_bits}
-    student = place(reference, bits.placement, **widths)
+    reference, student = student_of(teacher.graph, replace(recipe.quantization, equalize=False))
     calibrate_activations(reference, student, _noise(teacher, _IMAGES), MinMax(), batch=_IMAGES, progress=Silent())
     calibrate_weights(student, MinMax())
     return reference, student

@@ -6,7 +6,6 @@ Each stage is a function of what came before; what takes long keeps checkpoints,
 where a killed run stopped and ends with the same bytes.
 """
 
-import copy
 import hashlib
 import json
 import resource
@@ -18,42 +17,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from reverie.budget import Schedule, check_budget, fit
 from reverie.checkpoints import Folder
-from reverie.errors import ConfigError, at
+from reverie.errors import ConfigError
 from reverie.export._packed import write_packed
-from reverie.graph.capture import capture
-from reverie.graph.equalize import equalize
-from reverie.graph.fold import fold_batch_norms
-from reverie.graph.placement import Student, place
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.images import Images
-from reverie.images.augment import Augmentation
-from reverie.images.source import Augmented, Mixed, Shuffled, Source
 from reverie.images.store import contact_sheet, load_images, save_images, save_pngs
 from reverie.models import Network
 from reverie.progress import Progress, Silent
 from reverie.randomness import Seed
-from reverie.recipe import Quantization, Recipe, to_toml
+from reverie.recipe import Recipe, to_toml
 from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
 from reverie.recovery.clipping import clip_activations, excite
 from reverie.recovery.distillation import distil
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights
-from reverie.report import plots, separation
-from reverie.report.fidelity import describe
+from reverie.report import gallery
 from reverie.report.metrics import collect
 from reverie.report.render import render
 from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
-from reverie.synthesis import ImageStream, Streaming, Teacher, lacks_batch_norm, lacks_capsule
-from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule, save_capsule
+from reverie.stages import (
+    as_teacher,
+    check_device,
+    method_name,
+    reads_capsule,
+    share_weights,
+    source_of,
+    student_of,
+    synthesize,
+    synthesizes,
+    with_capsule,
+)
+from reverie.synthesis import Teacher, lacks_batch_norm, lacks_capsule
+from reverie.synthesis._capsule import Capsule, save_capsule
 
 _IMAGE_SETS = ("images", "held-out")
-# Real images with which synthetic ones are compared.
-_COMPARED = 256
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def run(
             held_out = _images(recipe, teacher, directory, "held-out", progress)
             if images is not None:
                 write_images(images, teacher, directory.path, limit=32)
-        parts = {_method(recipe): images, "real": _answered(calibration, teacher)}
+        parts = {method_name(recipe): images, "real": _answered(calibration, teacher)}
         used = {name: part for name, part in parts.items() if part is not None}
         everything = Images.concatenate(list(used.values()))
 
@@ -158,7 +160,7 @@ def run(
             if unproven is not None:
                 unproven.replace(directory.path / "network.onnx")
             real = evaluation if evaluation is not None and len(evaluation) else calibration
-            about = _about(used, teacher, real, directory)
+            about = gallery.about(used, teacher, real, directory.path / "plots")
         metrics = {
             **_facts(network),
             "quantization": asdict(recipe.quantization),
@@ -202,7 +204,7 @@ def run_synthesis(
             images = _images(recipe, teacher, directory, "images", progress)
             assert images is not None
             write_images(images, teacher, directory.path, limit=None)
-        about = _about({_method(recipe): images}, teacher, calibration, directory)
+        about = gallery.about({method_name(recipe): images}, teacher, calibration, directory.path / "plots")
         metrics = {**_facts(network), "images": about, **_cost(directory, device)}
         atomic_json(directory.path / "metrics.json", metrics)
         directory.complete()
@@ -292,69 +294,12 @@ def check(
             f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
         )
     if reads_capsule(recipe) and not (calibrated or capsule):
-        raise lacks_capsule(network.name, _method(recipe))
+        raise lacks_capsule(network.name, method_name(recipe))
     if capsule and not recipe.synthesis.needs_capsule:
-        raise ConfigError(f"{_method(recipe)} reads no capsule, got one; leave it out, or use --recipe fdda")
+        raise ConfigError(f"{method_name(recipe)} reads no capsule, got one; leave it out, or use --recipe fdda")
     # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
-    if _synthesizes(recipe) and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
-        raise lacks_batch_norm(network.name, _method(recipe))
-
-
-def reads_capsule(recipe: Recipe) -> bool:
-    """Whether the recipe makes images, by a method that reads what real images tell about each class."""
-    return _synthesizes(recipe) and recipe.synthesis.needs_capsule
-
-
-def as_teacher(network: Network, device: str = "cpu") -> Teacher:
-    """The captured full-precision network, on `device`."""
-    here = next((tensor.device for tensor in network.module.state_dict().values()), torch.device("cpu"))
-    # Moved before it is captured: a tensor that forward makes on the weights' device is a constant of the graph.
-    module = network.module if here == torch.device(device) else copy.deepcopy(network.module).to(device)
-    graph = capture(module, network.input.shape, name=network.name)
-    return Teacher(graph, network.input, network.classes, network.name, network.fingerprint)
-
-
-def with_capsule(teacher: Teacher, recipe: Recipe, calibration: Images | None, capsule: Capsule | None) -> Teacher:
-    """The teacher with what real images tell about its classes, if the recipe reads that."""
-    if not reads_capsule(recipe):
-        return teacher
-    if capsule is None:
-        assert calibration is not None
-        with at("calibration images"):
-            capsule = capsule_of(teacher, calibration)
-    else:
-        with at("capsule"):
-            check_capsule(capsule, teacher)
-    return replace(teacher, capsule=capsule)
-
-
-def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, folder: Path, progress: Progress) -> Images:
-    """`count` images of the set `name` by the recipe's method, with the teacher's answers and their provenance."""
-    seed, method = Seed(recipe.seed, (name,)), recipe.synthesis
-    if isinstance(method, Streaming):
-        # One generator makes both sets: a second one would cost as much again.
-        images = _stream(recipe, method, teacher, folder, progress).sample(count, seed)
-    else:
-        images = method(teacher, count, seed=seed, checkpoints=Folder(folder / name), progress=progress)
-    provenance = {
-        "method": _method(recipe),
-        "recipe": recipe.fingerprint,
-        "seed": str(recipe.seed),
-        "network": f"{teacher.name} {teacher.fingerprint}",
-    }
-    return Images(
-        inputs=images.inputs,
-        labels=images.labels,
-        logits=teacher.logits(images.inputs),
-        sources=images.sources,
-        provenance=provenance,
-    )
-
-
-def _stream(recipe: Recipe, method: Streaming, teacher: Teacher, folder: Path, progress: Progress) -> ImageStream:
-    """The recipe's generator after its warm-up, whose end is a checkpoint."""
-    seed = Seed(recipe.seed, ("images",))
-    return method.stream(teacher, seed=seed, checkpoints=Folder(folder / "images"), progress=progress)
+    if synthesizes(recipe) and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
+        raise lacks_batch_norm(network.name, method_name(recipe))
 
 
 def write_images(images: Images, teacher: Teacher, path: Path, *, limit: int | None) -> None:
@@ -362,20 +307,6 @@ def write_images(images: Images, teacher: Teacher, path: Path, *, limit: int | N
     (path / "images").mkdir(exist_ok=True)
     save_pngs(images, teacher.input, path / "images", limit=limit)
     contact_sheet(images, teacher.input, path / "images" / "contact_sheet.png", columns=8, limit=64)
-
-
-def student_of(graph: fx.GraphModule, settings: Quantization) -> tuple[fx.GraphModule, Student]:
-    """The full-precision graph that a student is compared with (folded and equalized if asked), and the student."""
-    reference = fold_batch_norms(graph) if settings.placement == "integer" else graph
-    if settings.equalize:
-        reference = equalize(reference)
-    return reference, place(
-        reference,
-        settings.placement,
-        weight_bits=settings.weight_bits,
-        activation_bits=settings.activation_bits,
-        end_bits=settings.end_bits,
-    )
 
 
 def quantize(
@@ -401,7 +332,7 @@ def quantize(
     if recipe.distillation.steps:
         if settings.batch_norm_adaptation:
             adapt_batch_norms(reference, student, inputs, fix_codes=False, progress=progress)
-        source, composition = _source(recipe, teacher, images, directory.path / "checkpoints", progress)
+        source, composition = source_of(recipe, teacher, images, directory.path / "checkpoints", progress)
         parts = Folder(checkpoint("distillation"))
         distil(teacher.graph, student, source, recipe.distillation, checkpoints=parts, progress=progress)
         learned["distillation"] = asdict(recipe.distillation) | {"images_of_a_step": composition}
@@ -411,7 +342,7 @@ def quantize(
         inputs,
         recipe.rounding,
         recipe.reconstruction,
-        weights=_share_weights(recipe, images),
+        weights=share_weights(recipe, images),
         seed=seed.at("round"),
         checkpoints=Folder(checkpoint("rounding")),
         progress=progress,
@@ -444,48 +375,6 @@ def _answered(images: Images | None, teacher: Teacher) -> Images | None:
     return None if images is None else replace(images, logits=teacher.logits(images.inputs))
 
 
-def _share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:
-    """How often each image is to be drawn; None for all alike."""
-    if not recipe.real_share or len(images) == 1:
-        return None
-    share = recipe.real_share
-    shares = ((share if name == "real" else 1 - share) for name in images)
-    return torch.cat([torch.full((len(part),), each / len(part)) for part, each in zip(images.values(), shares, strict=True)])
-
-
-def _source(
-    recipe: Recipe, teacher: Teacher, images: dict[str, Images], folder: Path, progress: Progress
-) -> tuple[Source, dict[str, int]]:
-    """Where distillation gets its batches from, and how many images of which kind each holds."""
-    settings, method, name = recipe.distillation, recipe.synthesis, _method(recipe)
-    share = recipe.share_of_real(*(len(images.get(part, ())) for part in (name, "real")))
-    seed = Seed(recipe.seed, ("distillation",))
-    crops = Augmentation(settings.smallest_crop, settings.flip) if settings.smallest_crop < 1 else None
-    real_crops = Augmentation(settings.smallest_real_crop, settings.flip) if settings.smallest_real_crop < 1 else None
-
-    def drawn(kind: str, count: int, augmentation: Augmentation | None) -> Source:
-        """Batches of a set that is given."""
-        place = seed.at("real" if kind == "real" else "synthetic")
-        return Shuffled(
-            images[kind], count, seed=place, device=teacher.device, augmentation=augmentation, teacher=teacher.graph
-        )
-
-    if share == 1:
-        return drawn("real", settings.batch, real_crops), {"real": settings.batch}
-    if isinstance(method, Streaming):
-        size = method.batch
-        synthetic: Source = _stream(recipe, method, teacher, folder, progress)
-        if crops is not None:
-            synthetic = Augmented(synthetic, crops, seed=seed.at("crops"), teacher=teacher.graph)
-    else:
-        size = settings.batch
-        synthetic = drawn(name, size, crops)
-    count = round(size * share / (1 - share))
-    if count == 0:
-        return synthetic, {name: size}
-    return Mixed(synthetic, drawn("real", count, real_crops)), {name: size, "real": count}
-
-
 @contextmanager
 def _timed(directory: RunDirectory, stage: str) -> Iterator[None]:
     """Records how long what happens inside takes."""
@@ -494,51 +383,8 @@ def _timed(directory: RunDirectory, stage: str) -> Iterator[None]:
     directory.finish(stage, time.perf_counter() - began)
 
 
-def check_device(device: str) -> None:
-    """Refuses a device that PyTorch cannot use here."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        # An AssertionError where torch was built without CUDA.
-        raise ConfigError(f"device must be one that PyTorch can use here, got {device!r}; use 'cpu'") from error
-
-
 def _facts(network: Network) -> dict[str, Any]:
     return {"network": {"name": network.name, "fingerprint": network.fingerprint, "classes": network.classes}}
-
-
-def _about(used: dict[str, Images], teacher: Teacher, real: Images | None, directory: RunDirectory) -> dict[str, Any]:
-    """What is known of the images that were used; with pictures in the run directory where matplotlib is there.
-
-    Args:
-        real: Images to compare the others with, if there are any.
-    """
-    everything = Images.concatenate(list(used.values()))
-    found: dict[str, Any] = {
-        "count": len(everything),
-        "source": {name: len(part) for name, part in used.items()},
-        "diversity": describe(teacher, everything),
-    }
-    if teacher.capsule is not None:
-        capsule = teacher.capsule
-        found["capsule"] = {"classes": capsule.classes, "missing": capsule.missing, "misclassified": capsule.wrong}
-    sets = used if real is None else used | {"real": _some(real)}
-    found["separation"] = separation.describe(teacher, sets)
-    if plots.available():
-        (directory.path / "plots").mkdir(exist_ok=True)
-        plots.feature_plane(directory.path / "plots" / "features.png", teacher, sets)
-        plots.deviation_histograms(directory.path / "plots" / "deviations.png", teacher, sets)
-    return found
-
-
-def _some(images: Images) -> Images:
-    """At most as many images as a comparison needs, evenly from all."""
-    chosen = torch.linspace(0, len(images) - 1, min(len(images), _COMPARED)).long()
-    return Images(
-        inputs=images.inputs[chosen],
-        labels=None if images.labels is None else images.labels[chosen],
-        sources=tuple(images.sources[index] for index in chosen.tolist()) if images.sources else (),
-    )
 
 
 def _cost(directory: RunDirectory, device: str) -> dict[str, Any]:
@@ -546,15 +392,6 @@ def _cost(directory: RunDirectory, device: str) -> dict[str, Any]:
     # The two sets of images are parts of the stage that makes them.
     stages = {name: facts["seconds"] for name, facts in directory.record["stages"].items() if name not in _IMAGE_SETS}
     return {"seconds": stages, "peak_memory_bytes": peak_memory(device)}
-
-
-def _synthesizes(recipe: Recipe) -> bool:
-    return recipe.images > 0 or recipe.held_out > 0
-
-
-def _method(recipe: Recipe) -> str:
-    """The name of the recipe's synthesis method."""
-    return type(recipe.synthesis).__module__.rpartition(".")[2]
 
 
 def _digest(images: Images | None) -> str:

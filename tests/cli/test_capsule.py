@@ -13,8 +13,8 @@ from reverie.cli import main
 from reverie.images import Images
 from reverie.images.store import save_images, save_pngs
 from reverie.models.embedded import DIGITS_INPUT, digits_images, load
-from reverie.pipeline import as_teacher
 from reverie.report.outcome import numbers_text
+from reverie.stages import as_teacher
 from reverie.synthesis._capsule import Capsule, capsule_of, load_capsule, save_capsule
 
 

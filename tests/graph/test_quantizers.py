@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from reverie.graph.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
+from reverie.graph.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer, mixed
 from reverie.grid import Grid, fake_quantize
 from reverie.observers import weight_qparams
 from reverie.observers.minmax import MinMax
@@ -162,3 +162,25 @@ def test_a_bias_is_put_on_the_grid_of_the_scales_as_they_are_learned():
     layer.settle(weight)
     assert torch.equal(quantizer(bias), learned)
     assert torch.equal(quantizer.final_codes(bias), torch.round(bias / quantizer.scale()).to(torch.int32))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_so_many_values_pass_unquantized_and_all_are_quantized_once_it_is_settled(share):
+    quantizer, x = activation(), normals(100, 100)
+    levels = quantizer(x)
+    quantizer.drop(share, torch.Generator().manual_seed(0))
+    first, second = quantizer(x), quantizer(x)
+    assert bool(((first == x) | (first == levels)).all())
+    assert (first == x).float().mean().item() == pytest.approx(share, abs=0.02)
+    assert not torch.equal(first, second)
+    quantizer.settle()
+    assert torch.equal(quantizer(x), levels)
+
+
+def test_the_gradient_goes_where_each_value_came_from():
+    first, second = (normals(6, 7, seed=seed).requires_grad_() for seed in (0, 1))
+    out = mixed(first, second, 0.5, torch.Generator().manual_seed(0))
+    out.sum().backward()
+    taken = out == first
+    assert torch.equal(first.grad, taken.float())
+    assert torch.equal(second.grad, 1 - taken.float())

@@ -91,7 +91,8 @@ def test_more_bits_are_never_worse(reference, inputs):
     assert errors == sorted(errors, reverse=True)
 
 
-def test_a_killed_reconstruction_goes_on_to_the_same_codes(reference, inputs, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"unit": "block", "learned_ranges": True, "drop": 0.5}], ids=["adaround", "qdrop"])
+def test_a_killed_reconstruction_goes_on_to_the_same_codes(reference, inputs, tmp_path, settings):
     class Killed(Exception):
         pass
 
@@ -102,12 +103,56 @@ def test_a_killed_reconstruction_goes_on_to_the_same_codes(reference, inputs, tm
                 raise Killed
 
     whole, broken, resumed = (calibrated(reference, inputs) for _ in range(3))
-    rounded(whole, reference, inputs, AdaRound())
+    rounded(whole, reference, inputs, AdaRound(), **settings)
     with pytest.raises(Killed):
-        rounded(broken, reference, inputs, AdaRound(), checkpoints=Dying(tmp_path))
-    rounded(resumed, reference, inputs, AdaRound(), checkpoints=Folder(tmp_path))
+        rounded(broken, reference, inputs, AdaRound(), checkpoints=Dying(tmp_path), **settings)
+    rounded(resumed, reference, inputs, AdaRound(), checkpoints=Folder(tmp_path), **settings)
     for name in whole.weights:
         assert torch.equal(whole.weights[name].codes, resumed.weights[name].codes)
+    for name in whole.activations:
+        assert torch.equal(whole.activations[name].scale, resumed.activations[name].scale)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_learned_ranges_of_activations_lower_the_error_that_the_network_ends_with(reference, inputs, drop):
+    def student(**settings):
+        made = place(reference, "integer", weight_bits=3, activation_bits=3, end_bits=8)
+        calibrate_activations(reference, made, inputs, MinMax(), batch=32, progress=Silent())
+        calibrate_weights(made, Mse())
+        before = {name: quantizer.scale.clone() for name, quantizer in made.activations.items()}
+        rounded(made, reference, inputs, AdaRound(), unit="block", **settings)
+        moved = {name for name, quantizer in made.activations.items() if not torch.equal(quantizer.scale, before[name])}
+        return output_error(finish(made), reference, inputs), moved
+
+    (fixed, unmoved), (learned, moved) = student(), student(learned_ranges=True, range_rate=1e-2, drop=drop)
+    assert learned < 0.9 * fixed
+    assert not unmoved
+    # Whatever a layer reads is in some block; what the last one writes has no reader.
+    made = place(reference, "integer", weight_bits=3, activation_bits=3, end_bits=8)
+    assert moved >= {layer.source for layer in made.layers.values()}
+
+
+def test_what_is_dropped_is_back_when_the_unit_is_done(reference, inputs):
+    student = calibrated(reference, inputs)
+    rounded(student, reference, inputs, AdaRound(), unit="block", drop=0.5, iterations=3)
+    with torch.no_grad():
+        assert torch.equal(student.graph(inputs), student.graph(inputs))
+        assert torch.equal(student.graph(inputs), finish(student).graph(inputs))
+
+
+def test_with_everything_dropped_the_grids_of_activations_do_not_matter(reference, inputs):
+    def codes(bits, drop):
+        student = place(reference, "integer", weight_bits=3, activation_bits=bits)
+        calibrate_activations(reference, student, inputs, MinMax(), batch=32, progress=Silent())
+        calibrate_weights(student, Mse())
+        # Biases are on a grid that depends on the activations', finer than any gradient tells.
+        rounded(student, reference, inputs, AdaRound(), unit="network", drop=drop, iterations=100, learning_rate=3e-2)
+        return torch.cat([quantizer.codes.flatten() for quantizer in student.weights.values()])
+
+    def differing(drop):
+        return (codes(2, drop) != codes(8, drop)).float().mean()
+
+    assert differing(1.0) < 0.3 * differing(0.0)
 
 
 def test_bias_correction_gives_every_channel_its_mean_back(reference, inputs):

@@ -10,8 +10,8 @@ from reverie.graph.batch_norm import Statistics
 from reverie.graph.operators import arguments, layers
 from reverie.graph.taps import tap
 from reverie.images import Images
-from reverie.pipeline import as_teacher
 from reverie.report.fidelity import _pooled, describe
+from reverie.stages import as_teacher
 
 
 @pytest.fixture

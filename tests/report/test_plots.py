@@ -10,13 +10,12 @@ from PIL import Image
 from torch import nn
 
 from reverie.errors import ModelError
-from reverie.graph.batch_norm import BatchNorm
 from reverie.images import Images
 from reverie.models import InputContract, Network
-from reverie.pipeline import as_teacher
 from reverie.recipe import read
 from reverie.report import plots
 from reverie.report.render import render
+from reverie.stages import as_teacher
 
 RECORD = {"versions": {"threads": 2, "onnxruntime": "1"}, "facts": {"options": {}, "device": "cpu"}}
 PLOTS = [plots.feature_plane, plots.deviation_histograms]
@@ -63,20 +62,6 @@ def test_the_histograms_have_a_panel_for_each_of_three_batch_norms(tmp_path, tea
     plots.deviation_histograms(tmp_path / "x.png", teacher, sets)
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == pytest.approx([150 * (3 * 2.4 + 0.3), 150 * (1.8 + 0.9)], abs=1)
-
-
-def test_at_most_twelve_batch_norms_are_shown_from_first_to_last():
-    norms = [BatchNorm(str(index), "", torch.zeros(1), torch.ones(1)) for index in range(52)]
-    shown = [norm.name for norm in plots._spread(norms, 12)]
-    assert shown == ["0", "5", "9", "14", "19", "23", "28", "32", "37", "42", "46", "51"]
-    assert plots._spread(norms[:7], 12) == norms[:7]
-
-
-def test_a_set_sorted_by_class_is_shown_whole_in_small():
-    many = Images(inputs=torch.zeros(3000, 1, 1, 1))
-    shown = plots._shown(many)
-    assert len(shown) == 1000 and shown[0] == 0 and shown[-1] == 2999
-    assert len(shown.unique()) == 1000 and set(shown.diff().tolist()) <= {2, 3, 4}
 
 
 def test_the_plane_is_that_of_numpy_with_each_set_weighing_the_same():

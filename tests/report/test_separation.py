@@ -9,10 +9,10 @@ from torch import nn
 
 from reverie.images import Images
 from reverie.models import InputContract, Network
-from reverie.pipeline import as_teacher
 from reverie.recipe import read
 from reverie.report import separation
 from reverie.report.render import render
+from reverie.stages import as_teacher
 from reverie.synthesis._losses import deep_layers
 
 RECORD = {"versions": {"threads": 2, "onnxruntime": "1"}, "facts": {"options": {}, "device": "cpu"}}

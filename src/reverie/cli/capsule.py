@@ -47,13 +47,13 @@ def capsule(
             load_capsule(output)
     loaded = options.load(network)
     # Takes half a second to import, which no wrong output or network should wait for.
-    from reverie import pipeline
+    from reverie import stages
     from reverie.report.outcome import numbers_text, size_text
 
-    pipeline.check_device(device)
+    stages.check_device(device)
     with at("--calibration"):
         images = read_folder(calibration, loaded.input, loaded.classes, require_labels=True)
-    centres = capsule_of(pipeline.as_teacher(loaded, device), images, progress=choose(sys.stderr, json))
+    centres = capsule_of(stages.as_teacher(loaded, device), images, progress=choose(sys.stderr, json))
     save_capsule(centres, output)
     sizes = {"capsule": output.stat().st_size, "images": _bytes(images, calibration)}
     further = shlex.join(["reverie", "quantize", network, *_as_flags(options), "--recipe", "fdda", "--capsule", str(output)])

@@ -36,8 +36,8 @@ def evaluate(
 
     from reverie.export import _verify as verify
     from reverie.images.folder import read_folder
-    from reverie.pipeline import as_teacher
     from reverie.report import metrics, outcome
+    from reverie.stages import as_teacher
 
     file = exported_file(run)
     loaded = load_network(run, network, options)

@@ -34,7 +34,7 @@ def export(
         network: The full-precision network; default: the one that the run names.
     """
     from reverie import export as targets
-    from reverie import pipeline, plugins, recipe
+    from reverie import plugins, recipe, stages
     from reverie.export import _verify as verify
     from reverie.export._packed import restore
     from reverie.images.store import load_images
@@ -48,8 +48,8 @@ def export(
         raise ConfigError(f"{file}: must be in a folder that exists, got none; create it or choose another --output")
     resolved = recipe.read(str(run / "recipe.toml"))
     loaded = load_network(run, network, options)
-    teacher = pipeline.as_teacher(loaded)
-    _, student = pipeline.student_of(teacher.graph, resolved.quantization)
+    teacher = stages.as_teacher(loaded)
+    _, student = stages.student_of(teacher.graph, resolved.quantization)
     quantized = restore(student, packed)
     facts = {"reverie.network": loaded.name, "reverie.recipe": resolved.fingerprint}
     images = run / "images.safetensors"

@@ -51,7 +51,7 @@ def synthesize(
     check_output(output)
     loaded = options.load(network)
     # Takes half a second to import, which no wrong recipe or network should wait for.
-    from reverie import pipeline
+    from reverie import pipeline, stages
     from reverie.images.folder import read_folder
     from reverie.report import outcome
     from reverie.synthesis._capsule import load_capsule
@@ -60,7 +60,7 @@ def synthesize(
     centres = None if capsule is None else load_capsule(capsule)
     real = None
     if calibration is not None:
-        labels = pipeline.reads_capsule(resolved) and capsule is None
+        labels = stages.reads_capsule(resolved) and capsule is None
         with at("--calibration"):
             real = read_folder(calibration, loaded.input, loaded.classes, require_labels=labels)
     run = pipeline.run_synthesis(

@@ -6,11 +6,14 @@ from reverie.graph.operators import aten, data_nodes
 from reverie.graph.units import Unit
 
 
-def extract(graph: fx.GraphModule, unit: Unit) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def extract(graph: fx.GraphModule, unit: Unit, *, with_entry: bool = False) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The unit, sharing weights and quantizers with `graph`, and the tensors that its inputs are, in order.
 
     In a student, the quantizers of tensors inside the unit come along; an input is then the tensor behind its quantizer,
     and the unit's output the tensor before its own.
+
+    Args:
+        with_entry: Whether the quantizers of its inputs belong to the unit too; an input is then the tensor before it.
     """
     data = data_nodes(graph)
     by_name = {node.name: node for node in graph.graph.nodes}
@@ -22,7 +25,7 @@ def extract(graph: fx.GraphModule, unit: Unit) -> tuple[fx.GraphModule, tuple[st
     def belongs(node: fx.Node) -> bool:
         if node.op == "call_module":
             source = node.all_input_nodes[0]
-            return belongs(source) if source in data else True
+            return with_entry or belongs(source) if source in data else True
         return node not in data or node.name in inside
 
     needed: set[fx.Node] = set()

@@ -20,6 +20,7 @@ class ActivationQuantizer(nn.Module):
         self.grid = grid
         self.calibrated = False
         self.log_gain: nn.Parameter | None = None
+        self._dropped: tuple[float, torch.Generator] | None = None
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
 
@@ -34,9 +35,14 @@ class ActivationQuantizer(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
         return self.log_gain
 
+    def drop(self, share: float, random: torch.Generator) -> None:
+        """From now on this share of the values, drawn anew at each call, passes unquantized; `random` is on their device."""
+        self._dropped = (share, random) if share else None
+
     @torch.no_grad()
     def settle(self) -> None:
-        """The scale is what has been learned."""
+        """The scale is what has been learned, and nothing is dropped any more."""
+        self._dropped = None
         if self.log_gain is not None:
             self.scale.mul_(self.log_gain.exp())
             self.log_gain = None
@@ -46,7 +52,19 @@ class ActivationQuantizer(nn.Module):
         return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.current_scale(), self.zero_point, self.grid) if self.calibrated else x
+        if not self.calibrated:
+            return x
+        levels = fake_quantize(x, self.current_scale(), self.zero_point, self.grid)
+        return levels if self._dropped is None else mixed(x, levels, *self._dropped)
+
+
+def mixed(
+    first: Float[Tensor, "*shape"], second: Float[Tensor, "*shape"], share: float, random: torch.Generator
+) -> Float[Tensor, "*shape"]:
+    """Each value from `first` with probability `share`, else from `second`."""
+    # A mask in floats: torch.lerp is one pass each way, a boolean mask several.
+    keep = torch.empty_like(second).bernoulli_(1 - share, generator=random)
+    return torch.lerp(first, second, keep)
 
 
 class Rounder(nn.Module):

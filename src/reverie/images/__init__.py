@@ -1,6 +1,6 @@
 """A set of images in the network's own input units, and what is known about each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,17 @@ class Images:
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
+    def evenly(self, most: int) -> "Images":
+        """At most so many of the images, evenly spaced, since a set may be sorted by class."""
+        chosen = evenly(len(self), most)
+        return replace(
+            self,
+            inputs=self.inputs[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            logits=None if self.logits is None else self.logits[chosen],
+            sources=tuple(self.sources[index] for index in chosen.tolist()) if self.sources else (),
+        )
+
     @staticmethod
     def concatenate(parts: "list[Images]") -> "Images":
         """All images of `parts`, in order. Labels and logits are kept only if every part has them."""
@@ -40,3 +51,8 @@ class Images:
             sources=tuple(source for part in parts for source in part.sources),
             provenance=parts[0].provenance,
         )
+
+
+def evenly(count: int, most: int) -> Int[Tensor, " chosen"]:
+    """At most `most` of the indices 0 to `count` - 1, first and last among them, evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()

@@ -38,9 +38,9 @@ from reverie.observers.percentile import Percentile
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.recovery.ranges import calibrate_activations
-from reverie.synthesis import Teacher, batches
+from reverie.synthesis import Teacher
 from reverie.synthesis._losses import total_variation
-from reverie.synthesis._pixels import descend
+from reverie.synthesis._pixels import descend, in_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +93,22 @@ def excite(
     """
     check_range(settings, images=(1, math.inf))
     # Fewer images than classes: evenly from all of them.
-    parts, stride = [], max(teacher.classes // settings.images, 1)
-    with progress.stage("excite", total=settings.steps * -(-settings.images // settings.batch)) as step:
-        for number, size in batches(settings.images, settings.batch):
-            name = f"excited-{number}"
-            part = checkpoints.load(name)
-            if part is None:
-                labels = (number * settings.batch + torch.arange(size)) * stride % teacher.classes
-                part = {"inputs": _batch(teacher, settings, labels, seed.at(number), step)}
-                checkpoints.save(name, part)
-            else:
-                step(settings.steps, skipped=True)
-            parts.append(part["inputs"])
-    return torch.cat(parts)
+    stride = max(teacher.classes // settings.images, 1)
+
+    def make(number: int, size: int, step: Callable[..., None]) -> dict[str, Tensor]:
+        labels = (number * settings.batch + torch.arange(size)) * stride % teacher.classes
+        return {"inputs": _batch(teacher, settings, labels, seed.at(number), step)}
+
+    return in_batches(
+        make,
+        settings.images,
+        batch=settings.batch,
+        steps=settings.steps,
+        checkpoints=checkpoints,
+        progress=progress,
+        stage="excite",
+        part_name="excited",
+    )["inputs"]
 
 
 def clip_activations(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from reverie.checkpoints import Checkpoints
 from reverie.descent import Descent
@@ -26,7 +26,7 @@ from reverie.errors import check_range
 from reverie.graph.extract import extract
 from reverie.graph.operators import LINEARS, layers
 from reverie.graph.placement import Student
-from reverie.graph.quantizers import Rounder
+from reverie.graph.quantizers import Rounder, mixed
 from reverie.graph.units import Unit, UnitKind, find_units
 from reverie.graph.walk import Walk
 from reverie.progress import Progress
@@ -45,16 +45,30 @@ class Reconstruction:
         unit: "layer", "block" or "network".
         iterations: Adam steps for each unit.
         batch: Images for each step, drawn with replacement.
-        learning_rate: Constant.
+        learning_rate: Of what the rounding method learns; constant.
+        learned_ranges: Whether the scales of activations inside and at the entry of the unit are learned too (LSQ).
+        range_rate: Learning rate of those scales at the first step, relative to themselves; it falls to 0 by half a cosine.
+        drop: Probability with which a value is left unquantized while the unit learns, drawn anew at each step for the
+            unit's inputs (which are then the teacher's) and for every tensor on a grid (QDrop; 0.5 there).
     """
 
     unit: UnitKind = "layer"
     iterations: int = 500
     batch: int = 32
     learning_rate: float = 1e-2
+    learned_ranges: bool = False
+    range_rate: float = 1e-3
+    drop: float = 0.0
 
     def __post_init__(self) -> None:
-        check_range(self, iterations=(1, math.inf), batch=(1, math.inf), learning_rate=(1e-9, math.inf))
+        check_range(
+            self,
+            iterations=(1, math.inf),
+            batch=(1, math.inf),
+            learning_rate=(1e-9, math.inf),
+            range_rate=(0, math.inf),
+            drop=(0, 1),
+        )
 
 
 def round_weights(
@@ -88,22 +102,24 @@ def round_weights(
         return {}
     units = find_units(teacher, settings.unit)
     linear = {node.name for node in layers(teacher) if node.target in LINEARS}
-    walks = _PairedWalk(teacher, student.graph, inputs, units)
+    walks = _PairedWalk(teacher, student.graph, inputs, units, with_entry=settings.learned_ranges or settings.drop > 0)
     errors: dict[str, tuple[float, float]] = {}
     with progress.stage("round", total=settings.iterations * len(units)) as step:
         for number, unit in enumerate(units):
             part = checkpoints.load(f"codes-{number}")
             if part is None:
-                sources, target = walks.at(unit)
                 before, after = _learn(
-                    student, unit, sources, target, rounding, settings, linear, weights, seed.at(unit.name), step
+                    student, unit, walks.at(unit), rounding, settings, linear, weights, seed.at(unit.name), step
                 )
                 part = {name: student.weights[name].final_codes(student.weights[name].codes) for name in unit.layers}
+                part |= {f"scale of {name}": student.activations[name].scale for name in _ranges(student, unit, settings)}
                 part[_ERRORS] = torch.tensor([before, after], dtype=torch.float64)
                 checkpoints.save(f"codes-{number}", part)
             else:
                 for name in unit.layers:
                     student.weights[name].set_codes(part[name].to(student.weights[name].scale))
+                for name in _ranges(student, unit, settings):
+                    student.activations[name].scale.copy_(part[f"scale of {name}"])
                 step(settings.iterations, skipped=True)
             before, after = part[_ERRORS].tolist()
             errors[unit.name] = (before, after)
@@ -111,13 +127,35 @@ def round_weights(
     return errors
 
 
-class _PairedWalk:
-    """Teacher and student walking through the same images side by side."""
+@dataclass(frozen=True)
+class _Data:
+    """What a unit sees, for all images.
 
-    def __init__(self, teacher: fx.GraphModule, student: fx.GraphModule, inputs: Tensor, units: list[Unit]) -> None:
-        self._student = student
-        self._teacher_walk = Walk(teacher, inputs, batch=64, keep=[unit.output for unit in units])
-        self._sources = {unit.name: extract(student, unit)[1] for unit in units}
+    Args:
+        sources: What it reads in the student.
+        clean: What it reads in the teacher; empty where nobody asks.
+        target: What it should answer.
+    """
+
+    sources: list[Tensor]
+    clean: list[Tensor]
+    target: Tensor
+
+
+class _PairedWalk:
+    """Teacher and student walking through the same images side by side.
+
+    Args:
+        with_entry: Whether the quantizers of a unit's inputs belong to it, and the teacher's inputs are wanted too.
+    """
+
+    def __init__(
+        self, teacher: fx.GraphModule, student: fx.GraphModule, inputs: Tensor, units: list[Unit], *, with_entry: bool
+    ) -> None:
+        self._student, self._with_entry = student, with_entry
+        self._sources = {unit.name: extract(student, unit, with_entry=with_entry)[1] for unit in units}
+        clean = [source for sources in self._sources.values() for source in sources] if with_entry else []
+        self._teacher_walk = Walk(teacher, inputs, batch=64, keep=[*clean, *(unit.output for unit in units)])
         self._order = {node.name: index for index, node in enumerate(student.graph.nodes)}
         self._readers: dict[str, int] = {}
         for sources in self._sources.values():
@@ -125,20 +163,26 @@ class _PairedWalk:
                 self._readers[source] = self._readers.get(source, 0) + 1
         self._student_walk = Walk(student, inputs, batch=64, keep=self._readers)
 
-    def at(self, unit: Unit) -> tuple[list[Tensor], Tensor]:
-        """What the unit reads in the student, and what it should answer."""
+    def at(self, unit: Unit) -> _Data:
+        """What the unit reads, and what it should answer."""
         sources = self._sources[unit.name]
         self._student_walk.to(max(sources, key=self._order.__getitem__))
         self._teacher_walk.to(unit.output)
-        return [self._student_walk.value(source) for source in sources], self._teacher_walk.value(unit.output)
+        return _Data(
+            sources=[self._student_walk.value(source) for source in sources],
+            clean=[self._teacher_walk.value(source) for source in sources] if self._with_entry else [],
+            target=self._teacher_walk.value(unit.output),
+        )
 
     def passed(self, unit: Unit) -> None:
         """The unit is hardened; what only it needed can go."""
-        self._teacher_walk.release(unit.output)
+        if not self._readers.get(unit.output):
+            self._teacher_walk.release(unit.output)
         for source in self._sources[unit.name]:
             self._readers[source] -= 1
             if not self._readers[source]:
                 self._student_walk.release(source)
+                self._teacher_walk.release(source)
 
 
 def _rounder(student: Student, name: str, rounding: Rounding) -> Rounder:
@@ -147,11 +191,16 @@ def _rounder(student: Student, name: str, rounding: Rounding) -> Rounder:
     return rounding(weight, quantizer.scale, quantizer.zero_point, quantizer.grid)
 
 
+def _ranges(student: Student, unit: Unit, settings: Reconstruction) -> list[str]:
+    """The tensors whose scales the unit learns."""
+    names = [*unit.inputs, *(name for name in unit.nodes if name != unit.output)]
+    return [name for name in names if name in student.activations] if settings.learned_ranges else []
+
+
 def _learn(
     student: Student,
     unit: Unit,
-    sources: list[Tensor],
-    target: Tensor,
+    data: _Data,
     rounding: Rounding,
     settings: Reconstruction,
     linear: set[str],
@@ -159,35 +208,54 @@ def _learn(
     seed: Seed,
     step: Callable[..., None],
 ) -> tuple[float, float]:
-    module, _ = extract(student.graph, unit)
-    before = _error(module, sources, target)
+    module, _ = extract(student.graph, unit, with_entry=bool(data.clean))
+    target = data.target
+    before = _error(module, data.sources, target)
     rounders = {name: _rounder(student, name, rounding) for name in unit.layers}
     for name, rounder in rounders.items():
         student.weights[name].rounder = rounder
-    parameters: list[nn.Parameter] = [parameter for rounder in rounders.values() for parameter in rounder.parameters()]
+    generator, noise = seed.generator(), seed.at("drop").generator(target.device)
+    inside = {name: student.activations[name] for name in _ranges(student, unit, settings)}
+    groups = [{"params": [p for rounder in rounders.values() for p in rounder.parameters()], "lr": settings.learning_rate}]
+    if inside:
+        groups.append({"params": [quantizer.learn_scale() for quantizer in inside.values()], "lr": settings.range_rate})
+    if settings.drop:
+        for name in (*unit.inputs, *unit.nodes):
+            if name in student.activations:
+                student.activations[name].drop(settings.drop, noise)
+    optimizer = torch.optim.Adam(groups)
     descent = Descent(
-        torch.optim.Adam(parameters, lr=settings.learning_rate),
+        optimizer,
         place=f"reconstruction of {unit.name}",
         cure=f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g} with another --output",
     )
-    generator = seed.generator()
     count = target.shape[0]
     # What a linear layer writes has its channels last, whatever stands before them.
     channel = -1 if unit.layers[-1] in linear else 1
     for iteration in range(settings.iterations):
+        progress = iteration / settings.iterations
+        if inside:
+            optimizer.param_groups[1]["lr"] = settings.range_rate * (1 + math.cos(math.pi * progress)) / 2
         if weights is None:
             picked = torch.randint(count, (settings.batch,), generator=generator).to(target.device)
         else:
             picked = torch.multinomial(weights, settings.batch, replacement=True, generator=generator).to(target.device)
-        output = module(*(source[picked] for source in sources))
+        inputs = [source[picked] for source in data.sources]
+        if settings.drop:
+            inputs = [
+                mixed(clean[picked], source, settings.drop, noise) for clean, source in zip(data.clean, inputs, strict=True)
+            ]
+        output = module(*inputs)
         distance = (output - target[picked]).square().sum(dim=channel).mean()
-        progress = iteration / settings.iterations
         penalties = {f"penalty of {name}": rounder.penalty(progress) for name, rounder in rounders.items()}
         descent.step(iteration, {"distance": distance, **penalties})
         step()
     for name, rounder in rounders.items():
         student.weights[name].set_codes(rounder.harden())
-    return before, _error(module, sources, target)
+    for name in (*unit.inputs, *unit.nodes):
+        if name in student.activations:
+            student.activations[name].settle()
+    return before, _error(module, data.sources, target)
 
 
 @torch.no_grad()

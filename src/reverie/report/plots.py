@@ -28,7 +28,7 @@ from torch import Tensor
 from reverie.graph.batch_norm import BatchNorm, Observed
 from reverie.graph.operators import arguments, layers
 from reverie.graph.taps import tap
-from reverie.images import Images
+from reverie.images import Images, evenly
 from reverie.models import _libraries
 from reverie.report.separation import REAL
 from reverie.runs import atomic_write
@@ -98,7 +98,7 @@ def deviation_histograms(path: Path, teacher: Teacher, sets: dict[str, Images]) 
     At most twelve batch norms, spread over the depth; writes nothing for a network without any. Arguments and errors as
     for `feature_plane`.
     """
-    norms = _spread(teacher.batch_norms, _MOST_LAYERS)
+    norms = [teacher.batch_norms[index] for index in evenly(len(teacher.batch_norms), _MOST_LAYERS).tolist()]
     if not norms:
         return
     _matplotlib()
@@ -135,13 +135,13 @@ def _features(teacher: Teacher, images: Images) -> tuple[Float[Tensor, "count wi
     last = arguments(layers(teacher.graph)[-1])["input"].name
     logits = next(node for node in teacher.graph.graph.nodes if node.op == "output").args[0].name
     tapped = tap(teacher.graph, [last, logits])
-    shown, rows, classes = _shown(images), [], []
+    shown, rows, classes = images.evenly(_MOST_IMAGES), [], []
     with torch.no_grad():
-        for part in torch.split(images.inputs[shown], _BATCH):
+        for part in torch.split(shown.inputs, _BATCH):
             values = tapped(part.to(teacher.device))
             rows.append(values[last].flatten(1).cpu())
             classes.append(values[logits].argmax(dim=1).cpu())
-    return torch.cat(rows), torch.cat(classes) if images.labels is None else images.labels[shown].cpu()
+    return torch.cat(rows), torch.cat(classes) if shown.labels is None else shown.labels.cpu()
 
 
 def _deviations(teacher: Teacher, images: Images, norms: list[BatchNorm]) -> dict[str, Float[Tensor, "count _"]]:
@@ -150,22 +150,11 @@ def _deviations(teacher: Teacher, images: Images, norms: list[BatchNorm]) -> dic
     observed = Observed(teacher.graph, "sample")
     parts: dict[str, list[Tensor]] = {norm.name: [] for norm in norms}
     with torch.no_grad():
-        for part in torch.split(images.inputs[_shown(images)], _BATCH):
+        for part in torch.split(images.evenly(_MOST_IMAGES).inputs, _BATCH):
             means = observed(part.to(teacher.device))[1].mean
             for norm in norms:
                 parts[norm.name].append(((means[place[norm.name]] - norm.mean) / norm.deviation).cpu())
     return {name: torch.cat(rows) for name, rows in parts.items()}
-
-
-def _shown(images: Images) -> Int[Tensor, " shown"]:
-    """Which images of a set stand for it: evenly spaced, since a set may be sorted by class."""
-    return torch.linspace(0, len(images) - 1, min(len(images), _MOST_IMAGES), dtype=torch.float64).round().long()
-
-
-def _spread(norms: list[BatchNorm], most: int) -> list[BatchNorm]:
-    """At most so many of `norms`, first and last among them, evenly spaced."""
-    chosen = torch.linspace(0, len(norms) - 1, min(len(norms), most), dtype=torch.float64).round().long()
-    return [norms[index] for index in chosen.tolist()]
 
 
 def _off_and_spread(layers: list[Float[Tensor, "count _"]]) -> str:

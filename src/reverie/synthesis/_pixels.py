@@ -2,10 +2,15 @@
 
 A batch starts as Gaussian noise in input units. The rate falls by a half cosine from `learning_rate` to zero, so a run ends
 after a known number of steps, and not when a plateau is noticed.
+
+A method is a frozen dataclass derived from `PixelMethod` whose `alignment` is its loss on the statistics at the batch norms. See
+`zeroq.py`, the smaller one.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,10 +18,105 @@ from torch import Tensor
 from torch.nn import functional
 
 from reverie.checkpoints import Checkpoints
-from reverie.errors import DivergenceError
+from reverie.errors import DivergenceError, check_range
+from reverie.graph.batch_norm import Level, Observed, Statistics
+from reverie.images import Images
 from reverie.progress import Progress
-from reverie.synthesis import batches
+from reverie.randomness import Seed
+from reverie.synthesis import Teacher, batches, lacks_batch_norm
 from reverie.synthesis._losses import total_variation
+
+Alignment = Callable[[Tensor, Statistics], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelMethod:
+    """Gradient descent on pixels, batch by batch.
+
+    Args:
+        batch: Images optimised together.
+        steps: Adam steps for each batch.
+        learning_rate: Of the first step, in input units.
+        input_weight: Of the term on the image's own mean and standard deviation.
+        class_weight: Of the cross-entropy to a random label; 0 leaves labels out.
+        variation_weight: Of the total variation.
+        clamp: Keep pixels valid (between black and white) after each step.
+    """
+
+    batch: int = 32
+    steps: int = 200
+    learning_rate: float = 0.1
+    input_weight: float = 0.1
+    class_weight: float = 0.0
+    variation_weight: float = 0.0
+    clamp: bool = True
+
+    needs_batch_norm: ClassVar[bool] = True
+    needs_capsule: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_range(
+            self,
+            batch=(1, math.inf),
+            steps=(1, math.inf),
+            learning_rate=(1e-9, math.inf),
+            input_weight=(0, math.inf),
+            class_weight=(0, math.inf),
+            variation_weight=(0, math.inf),
+        )
+
+    def statistics_level(self) -> Level:
+        """Whose statistics the loss reads: the batch's or each sample's."""
+        raise NotImplementedError
+
+    def alignment(
+        self, teacher: Teacher, observed: Observed, noise: Tensor, offset: int, generator: torch.Generator
+    ) -> Alignment:
+        """The loss on pixels and their statistics, for a batch.
+
+        Args:
+            noise: Where the batch starts.
+            offset: Images made before this batch.
+            generator: What the loss draws from, if it draws.
+        """
+        raise NotImplementedError
+
+    def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
+        """`count` images, batch by batch; each finished batch is a checkpoint."""
+        name = type(self).__module__.rpartition(".")[2]
+        if not teacher.batch_norms:
+            raise lacks_batch_norm(teacher.name, name)
+        observed = Observed(teacher.graph, self.statistics_level())
+        made = in_batches(
+            lambda number, size, step: self._batch(teacher, observed, number * self.batch, size, seed.at(number), step),
+            count,
+            batch=self.batch,
+            steps=self.steps,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
+        return Images(
+            inputs=made["inputs"],
+            labels=made["labels"] if self.class_weight else None,
+            sources=(name,) * count,
+        )
+
+    def _batch(
+        self, teacher: Teacher, observed: Observed, offset: int, size: int, seed: Seed, step: Callable[..., None]
+    ) -> dict[str, Tensor]:
+        generator = seed.generator()
+        noise, labels = start(teacher.input.shape, teacher.classes, size, generator)
+        noise, targets = noise.to(teacher.device), labels.to(teacher.device)
+        align = self.alignment(teacher, observed, noise, offset, generator)
+        priors = Priors(self.input_weight, self.class_weight, self.variation_weight)
+
+        def loss(pixels: Tensor) -> Tensor:
+            logits, statistics = observed(pixels)
+            return align(pixels, statistics) + priors(pixels, logits, targets)
+
+        bounds = teacher.input.bounds(noise) if self.clamp else None
+        pixels = descend(noise, loss, steps=self.steps, learning_rate=self.learning_rate, bounds=bounds, step=step)
+        return {"inputs": pixels, "labels": labels}
 
 
 def in_batches(
@@ -25,6 +125,8 @@ def in_batches(
     *,
     batch: int,
     steps: int,
+    stage: str = "synthesize",
+    part_name: str = "images",
     checkpoints: Checkpoints,
     progress: Progress,
 ) -> dict[str, Tensor]:
@@ -32,11 +134,13 @@ def in_batches(
 
     Args:
         make: Makes a batch, given its number, its size and what to call after each of its `steps`.
+        stage: What progress calls it.
+        part_name: What checkpoints call a batch, before its number.
     """
     parts = []
-    with progress.stage("synthesize", total=steps * -(-count // batch)) as step:
+    with progress.stage(stage, total=steps * -(-count // batch)) as step:
         for number, size in batches(count, batch):
-            name = f"images-{number}"
+            name = f"{part_name}-{number}"
             part = checkpoints.load(name)
             if part is None:
                 part = make(number, size, step)

@@ -1,0 +1,159 @@
+"""What a recipe makes of a network and of images before anything is learned: teacher, images, student, batches.
+
+The table of contents (`pipeline.py`) and the budget's trials (`budget.py`) begin with the same.
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from reverie.checkpoints import Folder
+from reverie.errors import ConfigError, at
+from reverie.graph.capture import capture
+from reverie.graph.equalize import equalize
+from reverie.graph.fold import fold_batch_norms
+from reverie.graph.placement import Student, place
+from reverie.images import Images
+from reverie.images.augment import Augmentation
+from reverie.images.source import Augmented, Mixed, Shuffled, Source
+from reverie.models import Network
+from reverie.progress import Progress
+from reverie.randomness import Seed
+from reverie.recipe import Quantization, Recipe
+from reverie.synthesis import ImageStream, Streaming, Teacher
+from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that PyTorch cannot use here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        # An AssertionError where torch was built without CUDA.
+        raise ConfigError(f"device must be one that PyTorch can use here, got {device!r}; use 'cpu'") from error
+
+
+def as_teacher(network: Network, device: str = "cpu") -> Teacher:
+    """The captured full-precision network, on `device`."""
+    here = next((tensor.device for tensor in network.module.state_dict().values()), torch.device("cpu"))
+    # Moved before it is captured: a tensor that forward makes on the weights' device is a constant of the graph.
+    module = network.module if here == torch.device(device) else copy.deepcopy(network.module).to(device)
+    graph = capture(module, network.input.shape, name=network.name)
+    return Teacher(graph, network.input, network.classes, network.name, network.fingerprint)
+
+
+def synthesizes(recipe: Recipe) -> bool:
+    """Whether the recipe makes images."""
+    return recipe.images > 0 or recipe.held_out > 0
+
+
+def method_name(recipe: Recipe) -> str:
+    """The name of the recipe's synthesis method."""
+    return type(recipe.synthesis).__module__.rpartition(".")[2]
+
+
+def reads_capsule(recipe: Recipe) -> bool:
+    """Whether the recipe makes images, by a method that reads what real images tell about each class."""
+    return synthesizes(recipe) and recipe.synthesis.needs_capsule
+
+
+def with_capsule(teacher: Teacher, recipe: Recipe, calibration: Images | None, capsule: Capsule | None) -> Teacher:
+    """The teacher with what real images tell about its classes, if the recipe reads that."""
+    if not reads_capsule(recipe):
+        return teacher
+    if capsule is None:
+        assert calibration is not None
+        with at("calibration images"):
+            capsule = capsule_of(teacher, calibration)
+    else:
+        with at("capsule"):
+            check_capsule(capsule, teacher)
+    return replace(teacher, capsule=capsule)
+
+
+def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, folder: Path, progress: Progress) -> Images:
+    """`count` images of the set `name` by the recipe's method, with the teacher's answers and their provenance."""
+    seed, method = Seed(recipe.seed, (name,)), recipe.synthesis
+    if isinstance(method, Streaming):
+        # One generator makes both sets: a second one would cost as much again.
+        images = stream_of(recipe, method, teacher, folder, progress).sample(count, seed)
+    else:
+        images = method(teacher, count, seed=seed, checkpoints=Folder(folder / name), progress=progress)
+    provenance = {
+        "method": method_name(recipe),
+        "recipe": recipe.fingerprint,
+        "seed": str(recipe.seed),
+        "network": f"{teacher.name} {teacher.fingerprint}",
+    }
+    return Images(
+        inputs=images.inputs,
+        labels=images.labels,
+        logits=teacher.logits(images.inputs),
+        sources=images.sources,
+        provenance=provenance,
+    )
+
+
+def stream_of(recipe: Recipe, method: Streaming, teacher: Teacher, folder: Path, progress: Progress) -> ImageStream:
+    """The recipe's generator after its warm-up, whose end is a checkpoint."""
+    seed = Seed(recipe.seed, ("images",))
+    return method.stream(teacher, seed=seed, checkpoints=Folder(folder / "images"), progress=progress)
+
+
+def student_of(graph: fx.GraphModule, settings: Quantization) -> tuple[fx.GraphModule, Student]:
+    """The full-precision graph that a student is compared with (folded and equalized if asked), and the student."""
+    reference = fold_batch_norms(graph) if settings.placement == "integer" else graph
+    if settings.equalize:
+        reference = equalize(reference)
+    return reference, place(
+        reference,
+        settings.placement,
+        weight_bits=settings.weight_bits,
+        activation_bits=settings.activation_bits,
+        end_bits=settings.end_bits,
+    )
+
+
+def share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:
+    """How often each image is to be drawn; None for all alike."""
+    if not recipe.real_share or len(images) == 1:
+        return None
+    share = recipe.real_share
+    shares = ((share if name == "real" else 1 - share) for name in images)
+    return torch.cat([torch.full((len(part),), each / len(part)) for part, each in zip(images.values(), shares, strict=True)])
+
+
+def source_of(
+    recipe: Recipe, teacher: Teacher, images: dict[str, Images], folder: Path, progress: Progress
+) -> tuple[Source, dict[str, int]]:
+    """Where distillation gets its batches from, and how many images of which kind each holds."""
+    settings, method, name = recipe.distillation, recipe.synthesis, method_name(recipe)
+    share = recipe.share_of_real(*(len(images.get(part, ())) for part in (name, "real")))
+    seed = Seed(recipe.seed, ("distillation",))
+    crops = Augmentation(settings.smallest_crop, settings.flip) if settings.smallest_crop < 1 else None
+    real_crops = Augmentation(settings.smallest_real_crop, settings.flip) if settings.smallest_real_crop < 1 else None
+
+    def drawn(kind: str, count: int, augmentation: Augmentation | None) -> Source:
+        """Batches of a set that is given."""
+        place = seed.at("real" if kind == "real" else "synthetic")
+        return Shuffled(
+            images[kind], count, seed=place, device=teacher.device, augmentation=augmentation, teacher=teacher.graph
+        )
+
+    if share == 1:
+        return drawn("real", settings.batch, real_crops), {"real": settings.batch}
+    if isinstance(method, Streaming):
+        size = method.batch
+        synthetic: Source = stream_of(recipe, method, teacher, folder, progress)
+        if crops is not None:
+            synthetic = Augmented(synthetic, crops, seed=seed.at("crops"), teacher=teacher.graph)
+    else:
+        size = settings.batch
+        synthetic = drawn(name, size, crops)
+    count = round(size * share / (1 - share))
+    if count == 0:
+        return synthetic, {name: size}
+    return Mixed(synthetic, drawn("real", count, real_crops)), {name: size, "real": count}
