@@ -224,6 +224,15 @@ def test_a_share_of_one_teaches_with_real_images_alone(network, real, tmp_path):
     assert done.metrics["distillation"]["images_of_a_step"] == {"real": 16}
 
 
+@pytest.mark.parametrize("more", [{}, LITERATURE], ids=["integer", "literature"])
+def test_distillation_goes_on_from_learned_rounding(more, network, tmp_path):
+    blocks = {"reconstruction.unit": "block", "reconstruction.learned_ranges": True, "reconstruction.drop": 0.5}
+    settings = blocks | {"rounding.method": "adaround", "reconstruction.iterations": 5} | more
+    done = run(quick("gdfq", settings), network, output=tmp_path / "run")
+    assert done.metrics["rounding_errors"] and done.metrics["distillation"]["steps"] == 4
+    assert done.onnx.is_file() == (not more)
+
+
 def test_a_share_of_nought_is_in_proportion(network, real, tmp_path):
     done = run(quick("gdfq", ALONE), network, output=tmp_path / "run", calibration=real)
     assert done.metrics["distillation"]["images_of_a_step"] == {"gdfq": 16, "real": 12}

@@ -107,11 +107,6 @@ class Recipe:
                 f"real_share must be at most 0.9, or 1, got {self.real_share}; beside a fixed number of synthetic images a batch "
                 "would grow without bound"
             )
-        if self.distillation.steps and self.rounding.learned:
-            raise ConfigError(
-                f"distillation.steps must be 0 with learned rounding, got {self.distillation.steps}; distillation learns the "
-                "weights themselves: use --set rounding.method=nearest"
-            )
 
     def share_of_real(self, synthetic: int, real: int) -> float:
         """The share of real images in a batch of distillation, where there are `synthetic` and `real` images in all."""

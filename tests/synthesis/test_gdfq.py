@@ -15,7 +15,7 @@ from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.synthesis import ImageStream, Streaming, Teacher
 from reverie.synthesis._capsule import capsule_of
-from reverie.synthesis._losses import running, statistics_distance
+from reverie.synthesis._losses import matching_loss, running, statistics_distance
 from reverie.synthesis.gdfq import Gdfq
 
 QUICK = {"steps": 4, "batch": 6, "latent": 8, "width": 8}
@@ -63,13 +63,15 @@ def test_all_methods_with_a_generator_are_tested_here():
     assert {"clusterq", "fdda", "gdfq"} <= set(map(name_of, METHODS))
 
 
-def test_the_terms_are_those_of_the_paper(teacher):
-    stream = untrained(Gdfq(**QUICK, class_weight=0.7, statistics_weight=0.3), teacher)
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_terms_are_those_of_the_paper_in_its_units_or_in_the_networks(teacher, relative):
+    stream = untrained(Gdfq(**QUICK, class_weight=0.7, statistics_weight=0.3, relative=relative), teacher)
     terms, batch = stream.terms(0, torch.Generator().manual_seed(0))
     logits, statistics = stream.observed(batch.inputs)
     assert list(terms) == ["class", "statistics"]
     torch.testing.assert_close(terms["class"].detach(), 0.7 * functional.cross_entropy(logits, batch.labels))
-    distance = statistics_distance(statistics, *running(teacher.batch_norms), range(3))
+    absolute = statistics_distance(statistics, *running(teacher.batch_norms), range(3))
+    distance = matching_loss(statistics, teacher.batch_norms) if relative else absolute
     torch.testing.assert_close(terms["statistics"].detach(), 0.3 * distance)
 
 

@@ -111,7 +111,7 @@ def round_weights(
                 before, after = _learn(
                     student, unit, walks.at(unit), rounding, settings, linear, weights, seed.at(unit.name), step
                 )
-                part = {name: student.weights[name].final_codes(student.weights[name].codes) for name in unit.layers}
+                part = {name: student.weights[name].final_codes(_weight(student, name)) for name in unit.layers}
                 part |= {f"scale of {name}": student.activations[name].scale for name in _ranges(student, unit, settings)}
                 part[_ERRORS] = torch.tensor([before, after], dtype=torch.float64)
                 checkpoints.save(f"codes-{number}", part)
@@ -185,10 +185,13 @@ class _PairedWalk:
                 self._teacher_walk.release(source)
 
 
+def _weight(student: Student, name: str) -> Tensor:
+    return student.graph.get_buffer(student.layers[name].weight)
+
+
 def _rounder(student: Student, name: str, rounding: Rounding) -> Rounder:
     quantizer = student.weights[name]
-    weight = student.graph.get_buffer(student.layers[name].weight)
-    return rounding(weight, quantizer.scale, quantizer.zero_point, quantizer.grid)
+    return rounding(_weight(student, name), quantizer.scale, quantizer.zero_point, quantizer.grid)
 
 
 def _ranges(student: Student, unit: Unit, settings: Reconstruction) -> list[str]:

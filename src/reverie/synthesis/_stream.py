@@ -17,19 +17,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reverie.checkpoints import Checkpoints
 from reverie.descent import Descent, below, under
 from reverie.errors import ConfigError, check_range
-from reverie.graph.batch_norm import Level, Observed
+from reverie.graph.batch_norm import Level, Observed, Statistics
 from reverie.images import Images
 from reverie.images.source import Batch
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, lacks_batch_norm
 from reverie.synthesis._generator import CONDITIONINGS, Conditioning, Generator
+from reverie.synthesis._losses import matching_loss, running, statistics_distance
 
 # How often a warm-up is saved.
 _CHECKPOINTS = 10
@@ -82,6 +83,14 @@ class GeneratorStream(nn.Module):
         noise = torch.randn(len(labels), self.generator.latent, generator=random).to(self.device)
         images: Tensor = self.generator(noise, labels.to(self.device))
         return images
+
+    def statistics_term(self, statistics: Statistics) -> Float[Tensor, ""]:
+        """The distance of a batch's statistics from the running ones, weighted."""
+        if self.settings.relative:
+            distance = matching_loss(statistics, self.norms)
+        else:
+            distance = statistics_distance(statistics, *running(self.norms), range(len(self.norms)))
+        return self.settings.statistics_weight * distance
 
     def random_labels(self, count: int, random: torch.Generator) -> Int[Tensor, " batch"]:
         """`count` classes, uniform."""
@@ -145,6 +154,9 @@ class GeneratorMethod:
         latent: Length of the noise vector.
         width: Channels of the generator's widest layers.
         conditioning: How the class enters: "norms", "embedding", or "auto" by the image's size.
+        statistics_weight: Of the distance of the batch-norm statistics.
+        relative: That distance in units of the running standard deviation, as in `zeroq`; else absolute, as in the papers, where layers
+            with large values rule (docs/log.md).
         learning_rate: Of Adam with betas 0.5 and 0.999; 1e-3 in all repositories of the family, for 80,000 steps.
         decay: Factor on the learning rate after each quarter of the student's steps.
     """
@@ -154,6 +166,8 @@ class GeneratorMethod:
     latent: int = 100
     width: int = 64
     conditioning: Conditioning = "auto"
+    statistics_weight: float = 20.0
+    relative: bool = True
     learning_rate: float = 3e-3
     decay: float = 0.1
 
@@ -168,6 +182,7 @@ class GeneratorMethod:
             batch=(2, math.inf),
             latent=(1, math.inf),
             width=(1, math.inf),
+            statistics_weight=(0, math.inf),
             learning_rate=(1e-9, math.inf),
             decay=(0, 1),
         )

@@ -33,7 +33,7 @@ from reverie.images.augment import Augmentation, augment
 from reverie.images.source import Batch
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher
-from reverie.synthesis._losses import deep_layers, pooled, running, statistics_distance
+from reverie.synthesis._losses import deep_layers, pooled
 from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
 
 
@@ -125,10 +125,9 @@ class ClusterqStream(GeneratorStream):
         cluster = cluster_distance(
             self._of_deep(statistics), labels, self.centroids, settings.mean_noise, settings.variance_noise, random
         )
-        whole = statistics_distance(pooled(statistics), *running(self.norms), range(len(self.norms)))
         return {
             "class": settings.class_weight * functional.cross_entropy(logits, labels),
-            "statistics": settings.statistics_weight * whole,
+            "statistics": self.statistics_term(pooled(statistics)),
             "cluster": settings.cluster_weight * cluster,
         }, Batch(inputs.detach(), labels, logits.detach())
 
@@ -174,7 +173,6 @@ class Clusterq(GeneratorMethod):
 
     Args:
         class_weight: Of the cross-entropy to the class asked for.
-        statistics_weight: Of the batch-norm statistics; 0.1 in the released code, as for `gdfq`.
         cluster_weight: Of the distance to the class's centroid; 0.9 in the released code, where it holds no class.
         mean_noise, variance_noise: Half-widths of the noise on the centroid.
         centroid_start: Share of the warm-up after which centroids are made; the released code makes them when the student begins.
@@ -187,7 +185,6 @@ class Clusterq(GeneratorMethod):
     """
 
     class_weight: float = 1.0
-    statistics_weight: float = 1.0
     cluster_weight: float = 0.3
     mean_noise: float = 0.03
     variance_noise: float = 0.05
@@ -203,7 +200,7 @@ class Clusterq(GeneratorMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("class_weight", "statistics_weight", "cluster_weight", "mean_noise", "variance_noise")
+        weights = ("class_weight", "cluster_weight", "mean_noise", "variance_noise")
         shares = ("centroid_start", "keep", "augmented")
         check_range(
             self,

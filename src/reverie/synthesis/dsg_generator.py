@@ -66,17 +66,13 @@ class DsgGenerator(GeneratorMethod):
 
     Args:
         class_weight: Of the cross-entropy to the class asked for.
-        statistics_weight: Of the slack alignment, which is an average in units of the running deviation here.
         quantile: Share of the deviations of noise that is free; see `dsg`.
-        relative: Deviations in units of the running standard deviation; else absolute, as in the paper.
         enhancement: Weight of layer i mod L for image i, the others' being 1; 1 is none.
         spectrum_weight, direction_weight: Of the correlation's parts on eigenvalues and eigenvectors; see `dsg`.
     """
 
     class_weight: float = 1.0
-    statistics_weight: float = 1.0
     quantile: float = 0.5
-    relative: bool = True
     enhancement: float = 2.0
     spectrum_weight: float = 1e-4
     direction_weight: float = 0.0
@@ -85,7 +81,7 @@ class DsgGenerator(GeneratorMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("class_weight", "statistics_weight", "spectrum_weight", "direction_weight")
+        weights = ("class_weight", "spectrum_weight", "direction_weight")
         check_range(self, quantile=(0, 1), enhancement=(1, math.inf), **dict.fromkeys(weights, (0, math.inf)))
 
 

@@ -39,7 +39,7 @@ from reverie.graph.batch_norm import Statistics
 from reverie.images.source import Batch
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, lacks_capsule
-from reverie.synthesis._losses import deep_layers, running, statistics_distance
+from reverie.synthesis._losses import deep_layers, statistics_distance
 from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
 
 
@@ -90,7 +90,7 @@ class FddaStream(GeneratorStream):
             distorted = 2 * distorted_distance(of_one, zeros, zeros, every_layer, 1.0, 1.0, random)
         return {
             "class": settings.class_weight * functional.cross_entropy(logits, labels),
-            "statistics": settings.statistics_weight * statistics_distance(statistics, *running(self.norms), every_layer),
+            "statistics": self.statistics_term(statistics),
             "one class": settings.class_weight * functional.cross_entropy(logits_of_one, ones),
             "centred": settings.centred_weight * centred,
             "distorted": settings.distorted_weight * distorted,
@@ -122,7 +122,6 @@ class Fdda(GeneratorMethod):
     Args:
         class_batch: Images of batch B.
         class_weight: Of both cross-entropies.
-        statistics_weight: Of the batch-norm statistics of A; the released weight is 0.2.
         distorted_weight, centred_weight: Of D and C. The released weights are 0.9 and 0.01.
         mean_noise, variance_noise: Deviations of the noise in D.
         early: Share of the warm-up in which misclassified classes take part (5 of 50 epochs).
@@ -130,7 +129,6 @@ class Fdda(GeneratorMethod):
 
     class_batch: int = 32
     class_weight: float = 0.5
-    statistics_weight: float = 1.0
     distorted_weight: float = 0.9
     centred_weight: float = 0.01
     mean_noise: float = 0.5
@@ -142,7 +140,7 @@ class Fdda(GeneratorMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("class_weight", "statistics_weight", "distorted_weight", "centred_weight", "mean_noise", "variance_noise")
+        weights = ("class_weight", "distorted_weight", "centred_weight", "mean_noise", "variance_noise")
         check_range(self, class_batch=(2, math.inf), early=(0, 1), **dict.fromkeys(weights, (0, math.inf)))
 
 
