@@ -9,6 +9,7 @@ Every schedule (half cosines, quarters, annealing) is defined over shares of its
 
     synthesis.steps              pixels: one for each batch of images and of held-out images; a generator: one, for all of them
     clipping.steps               one for each batch of exciting images
+    synthesis.refine_steps       one for each batch of images and of held-out images
     distillation.steps           one of the student, and one of the generator where that goes on training
     reconstruction.iterations    one for each unit
 
@@ -113,6 +114,9 @@ def learning_steps(recipe: Recipe) -> dict[str, int]:
     steps = getattr(recipe.synthesis, "steps", 0)
     if steps and (recipe.images or recipe.held_out):
         found["synthesis.steps"] = steps
+    refine_steps = getattr(recipe.synthesis, "refine_steps", 0)
+    if refine_steps and (recipe.images or recipe.held_out):
+        found["synthesis.refine_steps"] = refine_steps
     if recipe.clipping.images:
         found["clipping.steps"] = recipe.clipping.steps
     if recipe.distillation.steps:
@@ -153,6 +157,7 @@ def step_costs(recipe: Recipe, teacher: Teacher, real: Images | None, *, progres
     share = recipe.share_of_real(recipe.images, 0 if real is None else len(real))
     trials: dict[str, Callable[[], float]] = {
         "synthesis.steps": lambda: _synthesis(recipe, teacher),
+        "synthesis.refine_steps": lambda: _refinement(recipe, teacher),
         "clipping.steps": lambda: _clipping(recipe, teacher),
         "distillation.steps": lambda: _distillation(recipe, teacher, share),
         "reconstruction.iterations": lambda: _reconstruction(recipe, teacher),
@@ -163,7 +168,7 @@ def step_costs(recipe: Recipe, teacher: Teacher, real: Images | None, *, progres
         for key in stages:
             costs[key] = trials[key]()
             step()
-    if recipe.distillation.steps and share < 1 and isinstance(recipe.synthesis, Streaming):
+    if recipe.distillation.steps and share < 1 and _is_fresh(recipe):
         # The generator goes on training with the student.
         costs["distillation.steps"] += costs["synthesis.steps"]
     return costs
@@ -217,6 +222,24 @@ def _synthesis(recipe: Recipe, teacher: Teacher) -> float:
     return seconds
 
 
+def _is_fresh(recipe: Recipe) -> bool:
+    """Whether the student sees images that a generator makes for it."""
+    return isinstance(recipe.synthesis, Streaming) and recipe.distillation.synthetic != "kept"
+
+
+def _refinement(recipe: Recipe, teacher: Teacher) -> float:
+    """A step for each batch of all images, which are taken for equally large."""
+    own: Any = recipe.synthesis
+    method = replace(own, refine_steps=_long_enough(own.refine_steps))
+    stream = method.stream_type(method, teacher, _SEED)
+    seconds = 0.0
+    for count in filter(None, (recipe.images, recipe.held_out)):
+        number = -(-count // method.batch)
+        size = -(-count // number)
+        seconds += number * _timed(teacher.device, partial(stream.sample, size, _SEED, checkpoints=Forgetful()))
+    return seconds
+
+
 def _clipping(recipe: Recipe, teacher: Teacher) -> float:
     seconds = 0.0
     for size, number in _batches(recipe.clipping.batch, recipe.clipping.images):
@@ -234,7 +257,9 @@ def _distillation(recipe: Recipe, teacher: Teacher, share: float) -> float:
     """A step of the student alone, on as many images as in the run, with known logits where the run knows them."""
     _, student = _student(recipe, teacher)
     settings = replace(recipe.distillation, steps=_long_enough(recipe.distillation.steps))
-    synthetic = recipe.synthesis.batch if isinstance(recipe.synthesis, Streaming) else settings.batch
+    synthetic = 0 if _is_fresh(recipe) and settings.synthetic == "fresh" else settings.batch
+    if _is_fresh(recipe) and isinstance(recipe.synthesis, Streaming):
+        synthetic += recipe.synthesis.batch
     count = settings.batch if share == 1 else synthetic + round(synthetic * share / (1 - share))
     source: Source = _Noise(teacher, count)
     crops = [area for area, part in ((settings.smallest_crop, 1 - share), (settings.smallest_real_crop, share)) if part]

@@ -52,7 +52,7 @@ from reverie.stages import (
     synthesizes,
     with_capsule,
 )
-from reverie.synthesis import Teacher, lacks_batch_norm, lacks_capsule
+from reverie.synthesis import Streaming, Teacher, lacks_batch_norm, lacks_capsule
 from reverie.synthesis._capsule import Capsule, save_capsule
 
 _IMAGE_SETS = ("images", "held-out")
@@ -249,6 +249,8 @@ def _free_if_refused(directory: RunDirectory) -> Iterator[None]:
 def _plan(recipe: Recipe) -> dict[str, float]:
     """The stages that take time, with relative costs as seen on small networks."""
     plan = {"synthesize": 6.0, "calibrate": 0.5}
+    if isinstance(recipe.synthesis, Streaming):
+        plan["refine"] = 1.0
     if recipe.clipping.images:
         plan["excite"] = 2.0
     if recipe.distillation.steps:

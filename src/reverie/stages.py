@@ -5,6 +5,7 @@ The table of contents (`pipeline.py`) and the budget's trials (`budget.py`) begi
 
 import copy
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -79,7 +80,8 @@ def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, folder: 
     seed, method = Seed(recipe.seed, (name,)), recipe.synthesis
     if isinstance(method, Streaming):
         # One generator makes both sets: a second one would cost as much again.
-        images = stream_of(recipe, method, teacher, folder, progress).sample(count, seed)
+        stream = stream_of(recipe, method, teacher, folder, progress)
+        images = stream.sample(count, seed, checkpoints=Folder(folder / name), progress=progress)
     else:
         images = method(teacher, count, seed=seed, checkpoints=Folder(folder / name), progress=progress)
     provenance = {
@@ -145,15 +147,15 @@ def source_of(
 
     if share == 1:
         return drawn("real", settings.batch, real_crops), {"real": settings.batch}
-    if isinstance(method, Streaming):
-        size = method.batch
-        synthetic: Source = stream_of(recipe, method, teacher, folder, progress)
+    parts: list[tuple[str, Source, int]] = []
+    if isinstance(method, Streaming) and settings.synthetic != "kept":
+        fresh: Source = stream_of(recipe, method, teacher, folder, progress)
         if crops is not None:
-            synthetic = Augmented(synthetic, crops, seed=seed.at("crops"), teacher=teacher.graph)
-    else:
-        size = settings.batch
-        synthetic = drawn(name, size, crops)
-    count = round(size * share / (1 - share))
-    if count == 0:
-        return synthetic, {name: size}
-    return Mixed(synthetic, drawn("real", count, real_crops)), {name: size, "real": count}
+            fresh = Augmented(fresh, crops, seed=seed.at("crops"), teacher=teacher.graph)
+        parts.append((f"fresh {name}", fresh, method.batch))
+    if not parts or settings.synthetic == "both":
+        parts.append((name, drawn(name, settings.batch, crops), settings.batch))
+    count = round(sum(size for *_, size in parts) * share / (1 - share))
+    if count:
+        parts.append(("real", drawn("real", count, real_crops), count))
+    return reduce(Mixed, (source for _, source, _ in parts)), {kind: size for kind, _, size in parts}

@@ -7,7 +7,7 @@ from reverie.graph.batch_norm import Statistics
 from reverie.graph.capture import capture
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher
-from reverie.synthesis._losses import pooled, running, statistics_distance
+from reverie.synthesis._losses import matching_loss, pooled
 from reverie.synthesis.clusterq import Centroids, Clusterq, ClusterqStream, cluster_distance
 
 QUICK = {"steps": 40, "batch": 6, "latent": 8, "width": 8}
@@ -202,9 +202,10 @@ def test_the_terms_have_their_weights_and_the_statistics_are_the_batchs(teacher)
     terms, batch = stream.terms(0, random())
     assert list(terms) == ["class", "statistics", "cluster"]
     _, statistics = stream.observed(batch.inputs)
-    whole = statistics_distance(pooled(statistics), *running(teacher.batch_norms), range(3))
-    torch.testing.assert_close(terms["statistics"].detach(), whole)
-    doubled = {"class_weight": 2.0, "statistics_weight": 2.0, "cluster_weight": 0.6}
+    whole = matching_loss(pooled(statistics), teacher.batch_norms)
+    torch.testing.assert_close(terms["statistics"].detach(), stream.settings.statistics_weight * whole)
+    own = stream.settings
+    doubled = {name: 2 * getattr(own, name) for name in ("class_weight", "statistics_weight", "cluster_weight")}
     others, _ = stream_of(teacher, **settings | doubled).terms(0, random())
     assert terms["cluster"] > 0
     for name in terms:

@@ -16,7 +16,7 @@ from reverie.synthesis._capsule import capsule_of
 
 NAMES = plugins.names(synthesis)
 # Settings that make a method quick; a method without them is quick by itself.
-QUICK = {"steps": 3, "batch": 4, "class_batch": 4, "latent": 8, "width": 8}
+QUICK = {"steps": 3, "refine_steps": 2, "batch": 4, "class_batch": 4, "latent": 8, "width": 8}
 
 
 @pytest.fixture(params=NAMES)

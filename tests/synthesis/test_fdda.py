@@ -176,7 +176,8 @@ def test_the_class_drawn_changes_the_gradient_by_its_centre(teacher, term):
 def test_all_five_terms_have_their_weights(teacher):
     plain, _ = stream_of(teacher).terms(0, torch.Generator().manual_seed(0))
     assert list(plain) == ["class", "statistics", "one class", "centred", "distorted"]
-    doubled = {"class_weight": 1.0, "statistics_weight": 2.0, "distorted_weight": 1.8, "centred_weight": 0.02}
+    weights = ("class_weight", "statistics_weight", "distorted_weight", "centred_weight")
+    doubled = {name: 2 * getattr(Fdda(), name) for name in weights}
     terms, _ = stream_of(teacher, **doubled).terms(0, torch.Generator().manual_seed(0))
     for name in plain:
         torch.testing.assert_close(terms[name], 2 * plain[name])

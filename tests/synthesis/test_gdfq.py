@@ -18,7 +18,8 @@ from reverie.synthesis._capsule import capsule_of
 from reverie.synthesis._losses import matching_loss, running, statistics_distance
 from reverie.synthesis.gdfq import Gdfq
 
-QUICK = {"steps": 4, "batch": 6, "latent": 8, "width": 8}
+QUICK = {"steps": 4, "batch": 6, "latent": 8, "width": 8, "refine_steps": 0}
+QUIET = {"checkpoints": Forgetful(), "progress": Silent()}
 # What lets the parts of a method show within a few steps.
 EAGER = {"class_batch": 4, "early": 0.5, "refresh": 2, "centroid_images": 4}
 
@@ -126,16 +127,17 @@ def test_the_learning_rate_falls_tenfold_after_each_quarter_of_the_student(teach
 def test_sampling_leaves_no_trace(method, teacher):
     stream, undisturbed = stream_of(method, teacher), stream_of(method, teacher)
     before = stream.state()
-    images = stream.sample(5, Seed(3))
+    images = stream.sample(5, Seed(3), **QUIET)
     assert same(before, stream.state())
-    assert torch.equal(images.inputs, stream.sample(5, Seed(3)).inputs)
-    assert not torch.equal(images.inputs, stream.sample(5, Seed(4)).inputs)
+    assert torch.equal(images.inputs, stream.sample(5, Seed(3), **QUIET).inputs)
+    assert not torch.equal(images.inputs, stream.sample(5, Seed(4), **QUIET).inputs)
     assert torch.equal(stream.draw(0, 0.0).inputs, undisturbed.draw(0, 0.0).inputs)
 
 
+@pytest.mark.parametrize("refine_steps", [0, 1])
 @pytest.mark.parametrize("count", [1, 5, 6, 7, 20])
-def test_any_number_of_images_can_be_sampled(teacher, count):
-    images = untrained(Gdfq(**QUICK), teacher).sample(count, Seed(0))
+def test_any_number_of_images_can_be_sampled(teacher, count, refine_steps):
+    images = untrained(Gdfq(**QUICK | {"refine_steps": refine_steps}), teacher).sample(count, Seed(0), **QUIET)
     assert images.inputs.shape == (count, *teacher.input.shape)
     assert images.labels.tolist() == [index % 3 for index in range(count)]
     assert images.inputs.is_contiguous()
@@ -147,11 +149,37 @@ def test_a_sampled_image_shows_the_class_of_its_label(teacher):
     made = []
     make = stream.make
     stream.make = lambda labels, random: made.append((labels, images := make(labels, random))) or images
-    images = stream.sample(8, Seed(0))
+    images = stream.sample(8, Seed(0), **QUIET)
     labels, inputs = torch.cat([part for part, _ in made]), torch.cat([part for _, part in made])
     for image, label in zip(images.inputs, images.labels, strict=True):
         (place,) = [index for index, other in enumerate(inputs) if torch.equal(image, other)]
         assert labels[place] == label
+
+
+def loss_of(stream, images):
+    with torch.no_grad():
+        return sum(stream.judge(images.inputs, images.labels, 0, torch.Generator().manual_seed(0))[0].values()).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_refined_images_are_better_by_the_methods_own_loss_and_leave_the_generator_alone(method, teacher, seed):
+    plain, refined = (replace(method, refine_steps=steps) for steps in (0, 30))
+    stream, same_stream = stream_of(plain, teacher, seed=seed), stream_of(refined, teacher, seed=seed)
+    before, images = same_stream.state(), same_stream.sample(6, Seed(3), **QUIET)
+    assert same(before, same_stream.state())
+    assert loss_of(same_stream, images) < 0.8 * loss_of(stream, stream.sample(6, Seed(3), **QUIET))
+    low, high = teacher.input.bounds(images.inputs)
+    assert bool(((images.inputs >= low) & (images.inputs <= high)).all())
+    assert torch.equal(images.inputs, same_stream.sample(6, Seed(3), **QUIET).inputs)
+
+
+def test_batches_that_are_refined_together_are_of_equal_size(teacher):
+    stream, sizes = untrained(Gdfq(**QUICK | {"refine_steps": 1}), teacher), []
+    judge = stream.judge
+    stream.judge = lambda inputs, *rest: sizes.append((len(inputs), rest[1])) or judge(inputs, *rest)
+    stream.sample(13, Seed(0), **QUIET)
+    # 6, 6 and 1 otherwise.
+    assert sizes == [(5, 0), (5, 5), (3, 10)]
 
 
 def test_a_restored_stream_goes_on_with_identical_batches(method, teacher):

@@ -36,6 +36,7 @@ from reverie.recovery.ranges import keep_biases_in_range
 
 WeightRanges = Literal["minmax", "fixed", "learned"]
 Optimizer = Literal["adam", "sgd"]
+Synthetic = Literal["kept", "fresh", "both"]
 
 # How often a distillation is saved.
 _CHECKPOINTS = 10
@@ -47,7 +48,9 @@ class Distillation:
 
     Args:
         steps: Batches.
-        batch: Images in each, where they do not come from a generator, which has its own number.
+        batch: Kept images in each; of fresh ones a generator makes its own number.
+        synthetic: Of a method with a generator: its "kept" images, which are refined; "fresh" ones, made anew at each step
+            by the generator, which goes on training on them (the papers); or "both". Other methods have kept ones only.
         optimizer: "adam" or "sgd" (Nesterov momentum 0.9).
         learning_rate: Of weights, biases and norms at the first step; it falls by a half cosine to 0.
         weight_decay: Of the same.
@@ -65,6 +68,7 @@ class Distillation:
 
     steps: int = 0
     batch: int = 64
+    synthetic: Synthetic = "kept"
     optimizer: Optimizer = "adam"
     learning_rate: float = 5e-4
     weight_decay: float = 0.0
@@ -92,7 +96,7 @@ class Distillation:
             smallest_crop=(0.01, 1),
             smallest_real_crop=(0.01, 1),
         )
-        for name, kind in (("optimizer", Optimizer), ("weight_ranges", WeightRanges)):
+        for name, kind in (("synthetic", Synthetic), ("optimizer", Optimizer), ("weight_ranges", WeightRanges)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 

@@ -86,8 +86,8 @@ class Synthesis(Protocol):
 class ImageStream(Source, Protocol):
     """A source of batches that a generator makes while it goes on training."""
 
-    def sample(self, count: int, seed: Seed) -> Images:
-        """`count` images by the generator as it is now; leaves it alone."""
+    def sample(self, count: int, seed: Seed, *, checkpoints: Checkpoints, progress: Progress) -> Images:
+        """`count` images by the generator as it is now, and what the method does to them then; leaves the generator alone."""
         ...
 
 

@@ -166,6 +166,7 @@ def descend(
     learning_rate: float,
     bounds: tuple[Tensor, Tensor] | None,
     step: Callable[..., None],
+    setting: str = "learning_rate",
 ) -> Float[Tensor, "size channels height width"]:
     """The pixels, on the CPU, after `steps` of Adam on `loss` from `pixels`.
 
@@ -173,6 +174,7 @@ def descend(
         loss: Of the pixels; called once each step.
         bounds: Smallest and largest valid value, enforced after each step; None leaves pixels free.
         step: Called after each step.
+        setting: What the method calls its learning rate, for the error.
 
     Raises:
         DivergenceError: A pixel is infinite or undefined at the end.
@@ -192,7 +194,7 @@ def descend(
     if not bool(torch.isfinite(pixels).all()):
         raise DivergenceError(
             f"synthesis: pixels must stay finite, got others after {steps} steps; "
-            f"try --set synthesis.learning_rate={learning_rate / 4:g} with another --output"
+            f"try --set synthesis.{setting}={learning_rate / 4:g} with another --output"
         )
     return pixels.detach().cpu().contiguous()
 

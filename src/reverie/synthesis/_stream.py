@@ -5,15 +5,20 @@ fixed set of images that every synthesis method gives) and then goes on training
 batches it is trained on, together with the logits that the teacher gave them.
 
     warm-up       `steps` steps of the generator, learning rate constant
+    fixed set     the generator's images, and `refine_steps` steps of gradient descent on their pixels by the same loss
     student       one more step for each batch drawn, learning rate x `decay` after each quarter (all repositories of the
                   family: after 100, 200 and 300 of 400 epochs, warm-up included)
 
-A method is a frozen dataclass derived from `GeneratorMethod`, and a class derived from `GeneratorStream` whose `terms`
-are its loss. See `gdfq.py`, the smallest.
+The refinement is ours: after hundreds of steps, where the papers take ten thousands, a generator knows the classes, and its images
+are too much alike; fifty steps on the pixels undo that (docs/log.md).
+
+A method is a frozen dataclass derived from `GeneratorMethod`, and a class derived from `GeneratorStream` which says by `judge` what
+it asks of images. See `gdfq.py`, the smallest.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,6 +36,7 @@ from reverie.randomness import Seed
 from reverie.synthesis import Teacher, lacks_batch_norm
 from reverie.synthesis._generator import CONDITIONINGS, Conditioning, Generator
 from reverie.synthesis._losses import matching_loss, running, statistics_distance
+from reverie.synthesis._pixels import descend, in_batches
 
 # How often a warm-up is saved.
 _CHECKPOINTS = 10
@@ -51,6 +57,7 @@ class GeneratorStream(nn.Module):
     def __init__(self, settings: "GeneratorMethod", teacher: Teacher, seed: Seed) -> None:
         super().__init__()
         self.name = type(settings).__module__.rpartition(".")[2]
+        self.input = teacher.input
         self.settings, self.seed, self.classes = settings, seed, teacher.classes
         self.norms, self.device = teacher.batch_norms, teacher.device
         self.observed = Observed(teacher.graph, self.level)
@@ -70,13 +77,23 @@ class GeneratorStream(nn.Module):
         )
         self.trained = 0
 
-    def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
-        """The weighted terms of the loss at step `number`, and the batch of mixed classes that they were computed on.
+    def judge(
+        self, inputs: Float[Tensor, "batch *shape"], labels: Int[Tensor, " batch"], place: int, random: torch.Generator
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "batch classes"]]:
+        """The weighted terms of the loss on images of mixed classes, and the teacher's answers to them.
 
         Args:
-            random: For noise and labels of this step; on the CPU, so that every device sees the same.
+            place: Of the first of them among all images made so far.
+            random: For what the loss draws; on the CPU, so that every device sees the same.
         """
         raise NotImplementedError
+
+    def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
+        """The weighted terms of the loss at step `number`, and the batch of mixed classes that they were computed on."""
+        labels = self.random_labels(self.settings.batch, random)
+        inputs = self.make(labels, random)
+        terms, logits = self.judge(inputs, labels, number * self.settings.batch, random)
+        return terms, Batch(inputs.detach(), labels, logits.detach())
 
     def make(self, labels: Int[Tensor, " batch"], random: torch.Generator) -> Tensor:
         """Images of the classes asked for, with gradients to the generator."""
@@ -109,9 +126,50 @@ class GeneratorStream(nn.Module):
         """One more step of the generator, and the batch it was made on."""
         return self.train_step(self.settings.learning_rate * self.settings.decay ** int(4 * progress))[0]
 
+    def sample(self, count: int, seed: Seed, *, checkpoints: Checkpoints, progress: Progress) -> Images:
+        """`count` images by the generator as it is now, classes in turn, refined; each refined batch is a checkpoint."""
+        images, settings = self._generated(count, seed), self.settings
+        if not settings.refine_steps:
+            return images
+        assert images.labels is not None
+        inputs, labels = images.inputs, images.labels
+        # Batches of equal size: the loss reads their statistics.
+        size = -(-count // -(-count // settings.batch))
+
+        def refine(number: int, size_here: int, step: Callable[..., None]) -> dict[str, Tensor]:
+            place, random = number * size, seed.at("refine", number).generator()
+            chosen = slice(place, place + size_here)
+            asked = labels[chosen].to(self.device)
+
+            def loss(pixels: Tensor) -> Tensor:
+                return torch.stack(list(self.judge(pixels, asked, place, random)[0].values())).sum()
+
+            start = inputs[chosen].to(self.device)
+            pixels = descend(
+                start,
+                loss,
+                steps=settings.refine_steps,
+                learning_rate=settings.refine_rate,
+                bounds=self.input.bounds(start),
+                step=step,
+                setting="refine_rate",
+            )
+            return {"inputs": pixels}
+
+        refined = in_batches(
+            refine,
+            count,
+            batch=size,
+            steps=settings.refine_steps,
+            checkpoints=checkpoints,
+            progress=progress,
+            stage="refine",
+            part_name="refined",
+        )
+        return replace(images, inputs=refined["inputs"])
+
     @torch.no_grad()
-    def sample(self, count: int, seed: Seed) -> Images:
-        """`count` images by the generator as it is now, classes in turn."""
+    def _generated(self, count: int, seed: Seed) -> Images:
         size = self.settings.batch
         # Fewer images than classes: evenly from all of them.
         parts, labels = [], torch.arange(count) * max(self.classes // max(count, 1), 1) % self.classes
@@ -159,6 +217,8 @@ class GeneratorMethod:
             with large values rule (docs/log.md).
         learning_rate: Of Adam with betas 0.5 and 0.999; 1e-3 in all repositories of the family, for 80,000 steps.
         decay: Factor on the learning rate after each quarter of the student's steps.
+        refine_steps: Adam steps on the pixels of the images that are kept; 0, as in the papers, keeps them as they are generated.
+        refine_rate: Learning rate of the first of these steps, in input units.
     """
 
     steps: int = 400
@@ -166,10 +226,12 @@ class GeneratorMethod:
     latent: int = 100
     width: int = 64
     conditioning: Conditioning = "auto"
-    statistics_weight: float = 20.0
+    statistics_weight: float = 5.0
     relative: bool = True
     learning_rate: float = 3e-3
     decay: float = 0.1
+    refine_steps: int = 50
+    refine_rate: float = 0.05
 
     needs_batch_norm: ClassVar[bool] = True
     needs_capsule: ClassVar[bool] = False
@@ -185,6 +247,8 @@ class GeneratorMethod:
             statistics_weight=(0, math.inf),
             learning_rate=(1e-9, math.inf),
             decay=(0, 1),
+            refine_steps=(0, math.inf),
+            refine_rate=(1e-9, math.inf),
         )
         if self.conditioning not in CONDITIONINGS:
             raise ConfigError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}")
@@ -221,4 +285,5 @@ class GeneratorMethod:
 
     def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
         """`count` images of the generator after its warm-up."""
-        return self.stream(teacher, seed=seed, checkpoints=checkpoints, progress=progress).sample(count, seed)
+        stream = self.stream(teacher, seed=seed, checkpoints=checkpoints, progress=progress)
+        return stream.sample(count, seed, checkpoints=checkpoints, progress=progress)

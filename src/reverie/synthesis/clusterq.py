@@ -114,13 +114,19 @@ class ClusterqStream(GeneratorStream):
         self._augmentation = Augmentation(settings.smallest_crop, settings.flip)
 
     def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
-        """Cross-entropy, batch-norm statistics, and the distance to the centroids."""
+        """Those of a batch that may be augmented, with the centroids moved first if it is time."""
         settings = self.settings
         start = int(settings.centroid_start * settings.steps)
         if number >= start and (number - start) % settings.refresh == 0:
             self._refresh(number)
         labels = self.random_labels(settings.batch, random)
         inputs = self._augmented(self.make(labels, random), random)
+        terms, logits = self.judge(inputs, labels, number * settings.batch, random)
+        return terms, Batch(inputs.detach(), labels, logits.detach())
+
+    def judge(self, inputs: Tensor, labels: Tensor, place: int, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Cross-entropy, batch-norm statistics, and the distance to the centroids."""
+        settings = self.settings
         logits, statistics = self.observed(inputs)
         cluster = cluster_distance(
             self._of_deep(statistics), labels, self.centroids, settings.mean_noise, settings.variance_noise, random
@@ -129,7 +135,7 @@ class ClusterqStream(GeneratorStream):
             "class": settings.class_weight * functional.cross_entropy(logits, labels),
             "statistics": self.statistics_term(pooled(statistics)),
             "cluster": settings.cluster_weight * cluster,
-        }, Batch(inputs.detach(), labels, logits.detach())
+        }, logits
 
     def _augmented(self, inputs: Tensor, random: torch.Generator) -> Tensor:
         chosen = float(torch.rand((), generator=random)) < self.settings.augmented

@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from reverie.errors import check_range
 from reverie.graph.batch_norm import Level
-from reverie.images.source import Batch
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher
 from reverie.synthesis._slack import correlation, enhancement, measure_slack, slack_alignment
@@ -41,14 +40,12 @@ class DsgGeneratorStream(GeneratorStream):
             shown = self.observed(noise.to(self.device))[1]
         self.slack = measure_slack(shown, self.norms, settings.quantile, relative=settings.relative)
 
-    def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
+    def judge(self, inputs: Tensor, labels: Tensor, place: int, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """Cross-entropy, enhanced slack alignment, and correlation."""
         settings, layers = self.settings, len(self.norms)
-        labels = self.random_labels(settings.batch, random)
-        inputs = self.make(labels, random)
         logits, statistics = self.observed(inputs)
         aligned = slack_alignment(statistics, self.norms, self.slack, relative=settings.relative)
-        weights = enhancement(settings.batch, layers, offset=number * settings.batch, factor=settings.enhancement)
+        weights = enhancement(len(inputs), layers, offset=place, factor=settings.enhancement)
         terms = {
             "class": settings.class_weight * functional.cross_entropy(logits, labels),
             "statistics": settings.statistics_weight * (weights.to(aligned) * aligned).mean(),
@@ -57,7 +54,7 @@ class DsgGeneratorStream(GeneratorStream):
             fresh = torch.randn(inputs.shape, generator=random).to(inputs)
             parts = {"spectrum_weight": settings.spectrum_weight, "direction_weight": settings.direction_weight}
             terms["correlation"] = correlation(inputs, fresh, **parts) / layers
-        return terms, Batch(inputs.detach(), labels, logits.detach())
+        return terms, logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +69,7 @@ class DsgGenerator(GeneratorMethod):
     """
 
     class_weight: float = 1.0
+    statistics_weight: float = 1.0
     quantile: float = 0.5
     enhancement: float = 2.0
     spectrum_weight: float = 1e-4

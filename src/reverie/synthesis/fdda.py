@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from reverie.errors import ConfigError, check_range
-from reverie.graph.batch_norm import Statistics
+from reverie.graph.batch_norm import Observed, Statistics
 from reverie.images.source import Batch
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, lacks_capsule
-from reverie.synthesis._losses import deep_layers, statistics_distance
+from reverie.synthesis._losses import deep_layers, pooled, statistics_distance
 from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
 
 
@@ -54,6 +54,8 @@ class FddaStream(GeneratorStream):
         super().__init__(settings, teacher, seed)
         self.means = [mean.to(self.device) for mean in teacher.capsule.mean]
         self.variances = [variance.to(self.device) for variance in teacher.capsule.variance]
+        # Of each image: for images of several classes, whose pools must be told apart.
+        self.observed_each = Observed(teacher.graph, "sample")
         self.present = teacher.capsule.count > 0
         self.correct = self.present & teacher.capsule.correct
         if not bool(self.correct.any()):
@@ -69,12 +71,11 @@ class FddaStream(GeneratorStream):
         return int(choices[torch.randint(len(choices), (), generator=random)])
 
     def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
-        """All five terms: three on the mixed batch and its classes, two on the batch of one class."""
+        """All five terms: two on the mixed batch, three on the batch of one class."""
         settings = self.settings
         labels = self.random_labels(settings.batch, random)
         inputs = self.make(labels, random)
         logits, statistics = self.observed(inputs)
-        every_layer = range(len(self.norms))
 
         one = self.draw_class(number, random)
         ones = torch.full((settings.class_batch,), one, device=self.device)
@@ -87,7 +88,7 @@ class FddaStream(GeneratorStream):
         else:
             zeros = [torch.zeros_like(mean) for mean in of_one.mean]
             centred = logits.new_zeros(())
-            distorted = 2 * distorted_distance(of_one, zeros, zeros, every_layer, 1.0, 1.0, random)
+            distorted = 2 * distorted_distance(of_one, zeros, zeros, range(len(self.norms)), 1.0, 1.0, random)
         return {
             "class": settings.class_weight * functional.cross_entropy(logits, labels),
             "statistics": self.statistics_term(statistics),
@@ -95,6 +96,29 @@ class FddaStream(GeneratorStream):
             "centred": settings.centred_weight * centred,
             "distorted": settings.distorted_weight * distorted,
         }, Batch(inputs.detach(), labels, logits.detach())
+
+    def judge(self, inputs: Tensor, labels: Tensor, place: int, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Cross-entropy and batch-norm statistics of all images, and the distance of each class among them from its centre.
+
+        D counts without its noise, whose mean gradient is C's. Classes without a centre, or misclassified, have no part in that.
+        """
+        settings, deep = self.settings, deep_layers(len(self.norms))
+        logits, statistics = self.observed_each(inputs)
+        classes = [one for one in torch.unique(labels).tolist() if bool(self.correct[one])]
+        distances = [logits.new_zeros(())]
+        for one in classes:
+            chosen = labels == one
+            of_one = pooled(
+                Statistics(*(tuple(part[chosen] for part in parts) for parts in (statistics.mean, statistics.variance)))
+            )
+            means, variances = [mean[one] for mean in self.means], [variance[one] for variance in self.variances]
+            distances.append(statistics_distance(of_one, means, variances, deep))
+        weight = settings.centred_weight + settings.distorted_weight
+        return {
+            "class": settings.class_weight * functional.cross_entropy(logits, labels),
+            "statistics": self.statistics_term(pooled(statistics)),
+            "centred": weight * torch.stack(distances).sum() / max(len(classes), 1),
+        }, logits
 
 
 def distorted_distance(

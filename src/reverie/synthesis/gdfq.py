@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from reverie.errors import check_range
-from reverie.images.source import Batch
 from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
 
 
@@ -25,15 +24,13 @@ class GdfqStream(GeneratorStream):
 
     settings: "Gdfq"
 
-    def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
-        """Cross-entropy and batch-norm statistics of one batch."""
-        labels = self.random_labels(self.settings.batch, random)
-        inputs = self.make(labels, random)
+    def judge(self, inputs: Tensor, labels: Tensor, place: int, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Cross-entropy and batch-norm statistics."""
         logits, statistics = self.observed(inputs)
         return {
             "class": self.settings.class_weight * functional.cross_entropy(logits, labels),
             "statistics": self.statistics_term(statistics),
-        }, Batch(inputs.detach(), labels, logits.detach())
+        }, logits
 
 
 @dataclass(frozen=True, kw_only=True)
