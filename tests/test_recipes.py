@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from reverie import pipeline
 from reverie.checkpoints import Folder
 from reverie.cli import main
 from reverie.errors import ConfigError, DivergenceError
@@ -19,12 +20,13 @@ from reverie.images.store import load_images, save_images
 from reverie.models.embedded import digits_images, load
 from reverie.pipeline import run, run_synthesis
 from reverie.recipe import presets, read
+from reverie.recovery.ranges import calibrate_activations
 from reverie.report import outcome
 from reverie.stages import as_teacher
 from reverie.synthesis._capsule import capsule_of, load_capsule
 
 QUICK = {"images": 16, "held_out": 8}
-SYNTHESIS = {"steps": 6, "batch": 16, "width": 8, "latent": 8, "class_batch": 8}
+SYNTHESIS = {"steps": 6, "refine_steps": 2, "batch": 16, "width": 8, "latent": 8, "class_batch": 8}
 ALONE = {"export.method": "none"}
 LITERATURE = ALONE | {"quantization.placement": "literature"}
 
@@ -239,11 +241,39 @@ def test_a_share_of_nought_is_in_proportion(network, real, tmp_path):
 
 
 def test_too_few_real_images_for_one_a_step_are_seen_by_calibration_alone(network, real, tmp_path):
-    settings = ALONE | {"images": 64, "synthesis.batch": 4, "distillation.steps": 1}
+    settings = ALONE | {"images": 64, "distillation.batch": 4, "distillation.steps": 1}
     done = run(quick("gdfq", settings), network, output=tmp_path / "run", calibration=chosen(real, [1]))
     assert done.metrics["images"]["source"] == {"gdfq": 64, "real": 1}
     assert done.metrics["distillation"]["images_of_a_step"] == {"gdfq": 4}
     assert "distillation: 1 step, each on 4 gdfq images" in outcome.notes(done.metrics)
+
+
+@pytest.mark.parametrize(
+    ("synthetic", "seen"),
+    [
+        ("kept", {"gdfq": 8, "real": 8}),
+        ("fresh", {"fresh gdfq": 16, "real": 16}),
+        ("both", {"fresh gdfq": 16, "gdfq": 8, "real": 24}),
+    ],
+)
+def test_the_student_sees_images_that_are_kept_or_fresh_ones_or_both(network, real, tmp_path, synthetic, seen):
+    settings = {"distillation.synthetic": synthetic, "distillation.batch": 8, "real_share": 0.5}
+    done = run(quick("gdfq", ALONE | settings), network, output=tmp_path / "run", calibration=real)
+    assert done.metrics["distillation"]["images_of_a_step"] == seen
+    assert f"each on {' and '.join(f'{count} {kind}' for kind, count in seen.items())} images" in text_of(done.path)
+
+
+def test_ranges_are_decided_by_so_many_synthetic_images_and_all_real_ones(network, real, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(reference, student, inputs, *rest, **more):
+        seen.append(len(inputs))
+        calibrate_activations(reference, student, inputs, *rest, **more)
+
+    monkeypatch.setattr(pipeline, "calibrate_activations", watched)
+    done = run(quick("gdfq", ALONE | {"calibration_images": 5}), network, output=tmp_path / "run", calibration=real)
+    assert seen == [5 + 12]
+    assert done.metrics["images"]["source"] == {"gdfq": 16, "real": 12}
 
 
 @pytest.mark.parametrize("preset", ["gdfq", "fdda"])
@@ -305,7 +335,7 @@ def assert_kills_change_nothing(recipe, network, real, tmp_path, monkeypatch, ki
 @pytest.mark.slow
 def test_a_run_killed_in_its_warm_up_and_in_its_distillation_ends_with_the_same_bytes(network, real, tmp_path, monkeypatch):
     # Twice in the distillation: what is saved by a resumed one must be as good.
-    kills = (("generator", 3), ("distillation", 1), ("distillation", 2))
+    kills = (("generator", 3), ("refined-0", 1), ("distillation", 1), ("distillation", 2))
     assert_kills_change_nothing(quick("fdda", ALONE), network, real, tmp_path, monkeypatch, kills)
 
 
@@ -316,7 +346,7 @@ def test_a_run_killed_in_its_warm_up_and_in_its_distillation_ends_with_the_same_
 )
 def test_a_killed_run_of_any_generator_ends_with_the_same_bytes(preset, more, mixing, network, real, tmp_path, monkeypatch):
     # Long enough for ClusterQ's centroids and for all four quarters of the learning rate.
-    recipe = quick(preset, more | {"synthesis.steps": 30, "distillation.steps": 12})
+    recipe = quick(preset, more | {"synthesis.steps": 30, "distillation.steps": 12, "distillation.synthetic": "fresh"})
     if preset == "clusterq":
         recipe = replace(recipe, synthesis=replace(recipe.synthesis, refresh=3))
     calibration = real if mixing else None
@@ -409,7 +439,7 @@ def test_what_was_not_exported_is_not_spoken_of(network, tmp_path):
 
 TINY = ["--images", "8", "--set", "held_out=4", "--set", "synthesis.steps=3", "--set", "synthesis.batch=8"]
 TINY += ["--set", "synthesis.width=8", "--set", "synthesis.latent=8", "--set", "synthesis.class_batch=4"]
-STUDENT = ["--set", "distillation.steps=2"]
+STUDENT = ["--set", "distillation.steps=2", "--set", "distillation.batch=8"]
 
 
 @pytest.fixture

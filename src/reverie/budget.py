@@ -57,6 +57,8 @@ _WARM_UP, _TIMED = 2, 3
 _TRIAL = _WARM_UP + _TIMED
 # A budget that leaves less than so many steps to each stage is refused.
 _LEAST = 10
+# What a stage is called that is not the only one of its table.
+_NAMES = {"synthesis.refine_steps": "refinement"}
 # Nothing that a trial draws shows anywhere, but it draws the same each time.
 _SEED = Seed(0, ("budget",))
 _IMAGES = 8
@@ -92,7 +94,7 @@ class Schedule:
         own = learning_steps(recipe)
         first = next(iter(self.steps))
         changes = (
-            f"{own[key]} -> {number} {'steps ' if key == first else ''}of {key.partition('.')[0]}"
+            f"{own[key]} -> {number} {'steps ' if key == first else ''}of {_NAMES.get(key, key.partition('.')[0])}"
             for key, number in self.steps.items()
         )
         whole = duration_text(60 * self.minutes / self.factor)

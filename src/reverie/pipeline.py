@@ -321,7 +321,9 @@ def quantize(
     """
     settings = recipe.quantization
     reference, student = student_of(teacher.graph, settings)
-    inputs = torch.cat([part.inputs for part in images.values()]).to(teacher.device)
+    most = recipe.calibration_images
+    few = {name: part if name == "real" else part.evenly(most) for name, part in images.items()}
+    inputs = torch.cat([part.inputs for part in few.values()]).to(teacher.device)
     checkpoint, seed = directory.checkpoint, Seed(recipe.seed)
     if recipe.clipping.images:
         parts = Folder(checkpoint("excited"))
@@ -339,7 +341,7 @@ def quantize(
             inputs,
             recipe.rounding,
             recipe.reconstruction,
-            weights=share_weights(recipe, images),
+            weights=share_weights(recipe, few),
             seed=seed.at("round"),
             checkpoints=folders["rounding"],
             progress=progress,

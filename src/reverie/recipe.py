@@ -79,6 +79,8 @@ class Recipe:
     Args:
         seed: Of everything random.
         images: Synthetic calibration images; 0 means only the real ones given.
+        calibration_images: At most so many of the synthetic images, evenly from all, decide ranges, adaptation and rounding, which hold
+            what the network computes of them in memory; distillation sees all.
         held_out: Synthetic images, from another seed, on which agreement is measured.
         real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 0.9, or 1; 0 means
             in proportion to their numbers, but at most half of a batch of distillation.
@@ -88,6 +90,7 @@ class Recipe:
 
     seed: int = 0
     images: int = 64
+    calibration_images: int = 256
     held_out: int = 32
     real_share: float = 0.0
     synthesis: Synthesis = field(default_factory=ZeroQ)
@@ -101,7 +104,7 @@ class Recipe:
     export: Exporter | None = None
 
     def __post_init__(self) -> None:
-        check_range(self, images=(0, math.inf), held_out=(0, math.inf), real_share=(0, 1))
+        check_range(self, images=(0, math.inf), calibration_images=(1, math.inf), held_out=(0, math.inf), real_share=(0, 1))
         if 0.9 < self.real_share < 1:
             raise ConfigError(
                 f"real_share must be at most 0.9, or 1, got {self.real_share}; beside a fixed number of synthetic images a batch "

@@ -162,7 +162,7 @@ def loss_of(stream, images):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_refined_images_are_better_by_the_methods_own_loss_and_leave_the_generator_alone(method, teacher, seed):
+def test_refined_images_are_better_by_what_refinement_asks_for_and_leave_the_generator_alone(method, teacher, seed):
     plain, refined = (replace(method, refine_steps=steps) for steps in (0, 30))
     stream, same_stream = stream_of(plain, teacher, seed=seed), stream_of(refined, teacher, seed=seed)
     before, images = same_stream.state(), same_stream.sample(6, Seed(3), **QUIET)

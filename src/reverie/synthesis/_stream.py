@@ -5,15 +5,18 @@ fixed set of images that every synthesis method gives) and then goes on training
 batches it is trained on, together with the logits that the teacher gave them.
 
     warm-up       `steps` steps of the generator, learning rate constant
-    fixed set     the generator's images, and `refine_steps` steps of gradient descent on their pixels by the same loss
+    fixed set     the generator's images, and `refine_steps` steps of gradient descent on their pixels
     student       one more step for each batch drawn, learning rate x `decay` after each quarter (all repositories of the
                   family: after 100, 200 and 300 of 400 epochs, warm-up included)
 
 The refinement is ours: after hundreds of steps, where the papers take ten thousands, a generator knows the classes, and its images
 are too much alike; fifty steps on the pixels undo that (docs/log.md).
 
-A method is a frozen dataclass derived from `GeneratorMethod`, and a class derived from `GeneratorStream` which says by `judge` what
-it asks of images. See `gdfq.py`, the smallest.
+Refinement asks for the class and the statistics alone. What pulls images of a class together (ClusterQ's centroids, FDDA's
+centres) has formed the generator; on pixels it takes the spread from them that the student needs.
+
+A method is a frozen dataclass derived from `GeneratorMethod`, and a class derived from `GeneratorStream` whose `terms` are its loss.
+See `gdfq.py`, the smallest.
 """
 
 import math
@@ -24,6 +27,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from reverie.checkpoints import Checkpoints
 from reverie.descent import Descent, below, under
@@ -35,7 +39,7 @@ from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, lacks_batch_norm
 from reverie.synthesis._generator import CONDITIONINGS, Conditioning, Generator
-from reverie.synthesis._losses import matching_loss, running, statistics_distance
+from reverie.synthesis._losses import matching_loss, pooled, running, statistics_distance
 from reverie.synthesis._pixels import descend, in_batches
 
 # How often a warm-up is saved.
@@ -80,13 +84,26 @@ class GeneratorStream(nn.Module):
     def judge(
         self, inputs: Float[Tensor, "batch *shape"], labels: Int[Tensor, " batch"], place: int, random: torch.Generator
     ) -> tuple[dict[str, Tensor], Float[Tensor, "batch classes"]]:
-        """The weighted terms of the loss on images of mixed classes, and the teacher's answers to them.
+        """The weighted terms that images are refined by, and the teacher's answers: cross-entropy and statistics unless overridden.
 
         Args:
-            place: Of the first of them among all images made so far.
+            place: Of the first image among all that were made so far.
             random: For what the loss draws; on the CPU, so that every device sees the same.
         """
-        raise NotImplementedError
+        logits, statistics = self.observed(inputs)
+        return self.common_terms(labels, logits, statistics), logits
+
+    def common_terms(self, labels: Tensor, logits: Tensor, statistics: Statistics) -> dict[str, Tensor]:
+        """What all methods ask of images: the class, and the batch-norm statistics of the batch, weighted."""
+        whole = pooled(statistics) if self.level == "sample" else statistics
+        if self.settings.relative:
+            distance = matching_loss(whole, self.norms)
+        else:
+            distance = statistics_distance(whole, *running(self.norms), range(len(self.norms)))
+        return {
+            "class": self.settings.class_weight * functional.cross_entropy(logits, labels),
+            "statistics": self.settings.statistics_weight * distance,
+        }
 
     def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
         """The weighted terms of the loss at step `number`, and the batch of mixed classes that they were computed on."""
@@ -100,14 +117,6 @@ class GeneratorStream(nn.Module):
         noise = torch.randn(len(labels), self.generator.latent, generator=random).to(self.device)
         images: Tensor = self.generator(noise, labels.to(self.device))
         return images
-
-    def statistics_term(self, statistics: Statistics) -> Float[Tensor, ""]:
-        """The distance of a batch's statistics from the running ones, weighted."""
-        if self.settings.relative:
-            distance = matching_loss(statistics, self.norms)
-        else:
-            distance = statistics_distance(statistics, *running(self.norms), range(len(self.norms)))
-        return self.settings.statistics_weight * distance
 
     def random_labels(self, count: int, random: torch.Generator) -> Int[Tensor, " batch"]:
         """`count` classes, uniform."""
@@ -212,6 +221,7 @@ class GeneratorMethod:
         latent: Length of the noise vector.
         width: Channels of the generator's widest layers.
         conditioning: How the class enters: "norms", "embedding", or "auto" by the image's size.
+        class_weight: Of the cross-entropy to the class asked for.
         statistics_weight: Of the distance of the batch-norm statistics.
         relative: That distance in units of the running standard deviation, as in `zeroq`; else absolute, as in the papers, where layers
             with large values rule (docs/log.md).
@@ -226,6 +236,7 @@ class GeneratorMethod:
     latent: int = 100
     width: int = 64
     conditioning: Conditioning = "auto"
+    class_weight: float = 1.0
     statistics_weight: float = 5.0
     relative: bool = True
     learning_rate: float = 3e-3
@@ -244,6 +255,7 @@ class GeneratorMethod:
             batch=(2, math.inf),
             latent=(1, math.inf),
             width=(1, math.inf),
+            class_weight=(0, math.inf),
             statistics_weight=(0, math.inf),
             learning_rate=(1e-9, math.inf),
             decay=(0, 1),

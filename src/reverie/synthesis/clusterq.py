@@ -24,7 +24,6 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from reverie.descent import below, under
 from reverie.errors import check_range
@@ -33,7 +32,7 @@ from reverie.images.augment import Augmentation, augment
 from reverie.images.source import Batch
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher
-from reverie.synthesis._losses import deep_layers, pooled
+from reverie.synthesis._losses import deep_layers
 from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
 
 
@@ -114,28 +113,19 @@ class ClusterqStream(GeneratorStream):
         self._augmentation = Augmentation(settings.smallest_crop, settings.flip)
 
     def terms(self, number: int, random: torch.Generator) -> tuple[dict[str, Tensor], Batch]:
-        """Those of a batch that may be augmented, with the centroids moved first if it is time."""
+        """Cross-entropy, batch-norm statistics, and the distance to the centroids, which move first if it is time."""
         settings = self.settings
         start = int(settings.centroid_start * settings.steps)
         if number >= start and (number - start) % settings.refresh == 0:
             self._refresh(number)
         labels = self.random_labels(settings.batch, random)
         inputs = self._augmented(self.make(labels, random), random)
-        terms, logits = self.judge(inputs, labels, number * settings.batch, random)
-        return terms, Batch(inputs.detach(), labels, logits.detach())
-
-    def judge(self, inputs: Tensor, labels: Tensor, place: int, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """Cross-entropy, batch-norm statistics, and the distance to the centroids."""
-        settings = self.settings
         logits, statistics = self.observed(inputs)
         cluster = cluster_distance(
             self._of_deep(statistics), labels, self.centroids, settings.mean_noise, settings.variance_noise, random
         )
-        return {
-            "class": settings.class_weight * functional.cross_entropy(logits, labels),
-            "statistics": self.statistics_term(pooled(statistics)),
-            "cluster": settings.cluster_weight * cluster,
-        }, logits
+        terms = self.common_terms(labels, logits, statistics) | {"cluster": settings.cluster_weight * cluster}
+        return terms, Batch(inputs.detach(), labels, logits.detach())
 
     def _augmented(self, inputs: Tensor, random: torch.Generator) -> Tensor:
         chosen = float(torch.rand((), generator=random)) < self.settings.augmented
@@ -178,7 +168,6 @@ class Clusterq(GeneratorMethod):
     """A generator whose images cluster by class in deep statistics.
 
     Args:
-        class_weight: Of the cross-entropy to the class asked for.
         cluster_weight: Of the distance to the class's centroid; 0.9 in the released code, where it holds no class.
         mean_noise, variance_noise: Half-widths of the noise on the centroid.
         centroid_start: Share of the warm-up after which centroids are made; the released code makes them when the student begins.
@@ -190,7 +179,6 @@ class Clusterq(GeneratorMethod):
         flip: Whether such batches are flipped; off for digits, signs and the like.
     """
 
-    class_weight: float = 1.0
     cluster_weight: float = 0.3
     mean_noise: float = 0.03
     variance_noise: float = 0.05
@@ -206,7 +194,7 @@ class Clusterq(GeneratorMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("class_weight", "cluster_weight", "mean_noise", "variance_noise")
+        weights = ("cluster_weight", "mean_noise", "variance_noise")
         shares = ("centroid_start", "keep", "augmented")
         check_range(
             self,

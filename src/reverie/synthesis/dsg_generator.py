@@ -62,13 +62,11 @@ class DsgGenerator(GeneratorMethod):
     """A generator whose images' statistics have slack.
 
     Args:
-        class_weight: Of the cross-entropy to the class asked for.
         quantile: Share of the deviations of noise that is free; see `dsg`.
         enhancement: Weight of layer i mod L for image i, the others' being 1; 1 is none.
         spectrum_weight, direction_weight: Of the correlation's parts on eigenvalues and eigenvectors; see `dsg`.
     """
 
-    class_weight: float = 1.0
     statistics_weight: float = 1.0
     quantile: float = 0.5
     enhancement: float = 2.0
@@ -79,7 +77,7 @@ class DsgGenerator(GeneratorMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("class_weight", "spectrum_weight", "direction_weight")
+        weights = ("spectrum_weight", "direction_weight")
         check_range(self, quantile=(0, 1), enhancement=(1, math.inf), **dict.fromkeys(weights, (0, math.inf)))
 
 

@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from reverie.errors import ConfigError, check_range
-from reverie.graph.batch_norm import Observed, Statistics
+from reverie.graph.batch_norm import Statistics
 from reverie.images.source import Batch
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, lacks_capsule
-from reverie.synthesis._losses import deep_layers, pooled, statistics_distance
+from reverie.synthesis._losses import deep_layers, statistics_distance
 from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
 
 
@@ -54,8 +54,6 @@ class FddaStream(GeneratorStream):
         super().__init__(settings, teacher, seed)
         self.means = [mean.to(self.device) for mean in teacher.capsule.mean]
         self.variances = [variance.to(self.device) for variance in teacher.capsule.variance]
-        # Of each image: for images of several classes, whose pools must be told apart.
-        self.observed_each = Observed(teacher.graph, "sample")
         self.present = teacher.capsule.count > 0
         self.correct = self.present & teacher.capsule.correct
         if not bool(self.correct.any()):
@@ -89,36 +87,11 @@ class FddaStream(GeneratorStream):
             zeros = [torch.zeros_like(mean) for mean in of_one.mean]
             centred = logits.new_zeros(())
             distorted = 2 * distorted_distance(of_one, zeros, zeros, range(len(self.norms)), 1.0, 1.0, random)
-        return {
-            "class": settings.class_weight * functional.cross_entropy(logits, labels),
-            "statistics": self.statistics_term(statistics),
+        return self.common_terms(labels, logits, statistics) | {
             "one class": settings.class_weight * functional.cross_entropy(logits_of_one, ones),
             "centred": settings.centred_weight * centred,
             "distorted": settings.distorted_weight * distorted,
         }, Batch(inputs.detach(), labels, logits.detach())
-
-    def judge(self, inputs: Tensor, labels: Tensor, place: int, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """Cross-entropy and batch-norm statistics of all images, and the distance of each class among them from its centre.
-
-        D counts without its noise, whose mean gradient is C's. Classes without a centre, or misclassified, have no part in that.
-        """
-        settings, deep = self.settings, deep_layers(len(self.norms))
-        logits, statistics = self.observed_each(inputs)
-        classes = [one for one in torch.unique(labels).tolist() if bool(self.correct[one])]
-        distances = [logits.new_zeros(())]
-        for one in classes:
-            chosen = labels == one
-            of_one = pooled(
-                Statistics(*(tuple(part[chosen] for part in parts) for parts in (statistics.mean, statistics.variance)))
-            )
-            means, variances = [mean[one] for mean in self.means], [variance[one] for variance in self.variances]
-            distances.append(statistics_distance(of_one, means, variances, deep))
-        weight = settings.centred_weight + settings.distorted_weight
-        return {
-            "class": settings.class_weight * functional.cross_entropy(logits, labels),
-            "statistics": self.statistics_term(pooled(statistics)),
-            "centred": weight * torch.stack(distances).sum() / max(len(classes), 1),
-        }, logits
 
 
 def distorted_distance(
@@ -145,7 +118,6 @@ class Fdda(GeneratorMethod):
 
     Args:
         class_batch: Images of batch B.
-        class_weight: Of both cross-entropies.
         distorted_weight, centred_weight: Of D and C. The released weights are 0.9 and 0.01.
         mean_noise, variance_noise: Deviations of the noise in D.
         early: Share of the warm-up in which misclassified classes take part (5 of 50 epochs).
@@ -164,7 +136,7 @@ class Fdda(GeneratorMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("class_weight", "distorted_weight", "centred_weight", "mean_noise", "variance_noise")
+        weights = ("distorted_weight", "centred_weight", "mean_noise", "variance_noise")
         check_range(self, class_batch=(2, math.inf), early=(0, 1), **dict.fromkeys(weights, (0, math.inf)))
 
 

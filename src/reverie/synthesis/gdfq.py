@@ -11,43 +11,18 @@ width 128. The student's side (KL at temperature 20, cross-entropy) is `recovery
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from reverie.errors import check_range
 from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
 
 
 class GdfqStream(GeneratorStream):
-    """GDFQ's loss."""
-
-    settings: "Gdfq"
-
-    def judge(self, inputs: Tensor, labels: Tensor, place: int, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """Cross-entropy and batch-norm statistics."""
-        logits, statistics = self.observed(inputs)
-        return {
-            "class": self.settings.class_weight * functional.cross_entropy(logits, labels),
-            "statistics": self.statistics_term(statistics),
-        }, logits
+    """GDFQ's loss is what all methods of its family have in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gdfq(GeneratorMethod):
-    """A class-conditional generator trained by cross-entropy and batch-norm statistics.
-
-    Args:
-        class_weight: Of the cross-entropy to the class asked for.
-    """
-
-    class_weight: float = 1.0
+    """A class-conditional generator trained by cross-entropy and batch-norm statistics."""
 
     stream_type: ClassVar[type[GeneratorStream]] = GdfqStream
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, class_weight=(0, float("inf")))
 
 
 METHOD = Gdfq
