@@ -61,8 +61,15 @@ CALIBRATED = (
     f"{RESNET20} {LITERATURE} {bits(4)} --set activations.method=ema --set weights.method=minmax "
     "--set rounding.method=nearest --set quantization.bias_correction=false"
 )
-TUNED = f"{RESNET20} {LITERATURE} --set quantization.batch_norm_adaptation=false"
+TUNED = f"{RESNET20} {LITERATURE}"
+# As the papers have it: statistics in absolute units, no refinement, and a generator that goes on training with the student.
+PUBLISHED = (
+    f"{TUNED} --set synthesis.relative=false --set synthesis.statistics_weight=1 --set synthesis.refine_steps=0 "
+    "--set distillation.synthetic=fresh --set images=256 --set distillation.steps=300 --set activations.percentile=99.99 "
+    "--set quantization.batch_norm_adaptation=false"
+)
 FOUR, THREE, INTEGER = "W4A4, all layers, literature", "W3A3, all layers, literature", "W4A4, 8-bit ends, integer, exported"
+FRESH_FOUR, FRESH_THREE = f"{FOUR}, as published", f"{THREE}, as published"
 ROWS = {
     "real-calibration": Row(
         "W4A4, calibration only, literature",
@@ -91,13 +98,38 @@ for table, number in ((FOUR, 4), (THREE, 3)):
         f"gdfq-{number}": Row(table, "gdfq", "none", f"{TUNED} {bits(number)} --recipe gdfq"),
         f"clusterq-{number}": Row(table, "clusterq", "none", f"{TUNED} {bits(number)} --recipe clusterq"),
         f"fdda-{number}": Row(table, "fdda", "1 image a class", f"{TUNED} {bits(number)} --recipe fdda {ONE}"),
+        f"fdda-10-{number}": Row(table, "fdda", "10 images a class", f"{TUNED} {bits(number)} --recipe fdda {TEN}"),
     }
-ROWS |= {
-    # What the real images do by themselves: GDFQ's generator knows nothing of them, the student sees them.
-    "gdfq-real-3": Row(
-        THREE, "gdfq, half of each batch real", "1 image a class", f"{TUNED} {bits(3)} --recipe gdfq --set real_share=0.5 {ONE}"
+for table, number in ((FRESH_FOUR, 4), (FRESH_THREE, 3)):
+    ROWS |= {
+        f"gdfq-fresh-{number}": Row(table, "gdfq", "none", f"{PUBLISHED} {bits(number)} --recipe gdfq"),
+        f"clusterq-fresh-{number}": Row(table, "clusterq", "none", f"{PUBLISHED} {bits(number)} --recipe clusterq"),
+        f"fdda-fresh-{number}": Row(
+            table, "fdda", "1 image a class", f"{PUBLISHED} {bits(number)} --recipe fdda --set real_share=0.5 {ONE}"
+        ),
+    }
+# Each term by itself, at W3A3: what the others would do without it.
+ABLATIONS = {
+    "gdfq-real-3": ("gdfq with fdda's real images", "1 image a class", f"--recipe gdfq --set real_share=0.35 {ONE}"),
+    "fdda-unreal-3": ("fdda, no real images for the student", "1 image a class", f"--recipe fdda --set real_share=0.001 {ONE}"),
+    "fdda-aimless-3": (
+        "fdda without centres",
+        "1 image a class",
+        f"--recipe fdda --set synthesis.centred_weight=0 --set synthesis.distorted_weight=0 {ONE}",
     ),
-    "fdda-10-4": Row(FOUR, "fdda", "10 images a class", f"{TUNED} {bits(4)} --recipe fdda {TEN}"),
+    "clusterq-aimless-3": ("clusterq without centroids", "none", "--recipe clusterq --set synthesis.cluster_weight=0"),
+    "gdfq-unrefined-3": ("gdfq, images not refined", "none", "--recipe gdfq --set synthesis.refine_steps=0"),
+    "gdfq-unadapted-3": (
+        "gdfq, batch norms not adapted",
+        "none",
+        "--recipe gdfq --set quantization.batch_norm_adaptation=false",
+    ),
+}
+ROWS |= {
+    name: Row(f"{THREE}: ablations", method, data, f"{TUNED} {bits(3)} {more}")
+    for name, (method, data, more) in ABLATIONS.items()
+}
+ROWS |= {
     "mobilenet_v2-gdfq": Row(f"MobileNetV2, {FOUR}", "gdfq", "none", f"{MOBILENET} {LITERATURE} {bits(4)} --recipe gdfq"),
     "mobilenet_v2-clusterq": Row(
         f"MobileNetV2, {FOUR}", "clusterq", "none", f"{MOBILENET} {LITERATURE} {bits(4)} --recipe clusterq"
