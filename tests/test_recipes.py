@@ -227,7 +227,7 @@ def test_a_share_of_one_teaches_with_real_images_alone(network, real, tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, LITERATURE], ids=["integer", "literature"])
-def test_distillation_goes_on_from_learned_rounding(more, network, tmp_path):
+def test_learned_rounding_goes_on_from_distillation(more, network, tmp_path):
     blocks = {"reconstruction.unit": "block", "reconstruction.learned_ranges": True, "reconstruction.drop": 0.5}
     settings = blocks | {"rounding.method": "adaround", "reconstruction.iterations": 5} | more
     done = run(quick("gdfq", settings), network, output=tmp_path / "run")

@@ -1,6 +1,6 @@
 """The table of contents: a network in, a verified integer model out.
 
-    load -> capture -> synthesize -> place, calibrate, round, adapt, distil, correct -> export -> verify -> measure -> report
+    load -> capture -> synthesize -> place, calibrate, distil, round, correct -> export -> verify -> measure -> report
 
 Each stage is a function of what came before; what takes long keeps checkpoints, so that the same call again goes on
 where a killed run stopped and ends with the same bytes.
@@ -332,27 +332,28 @@ def quantize(
     else:
         calibrate_activations(reference, student, inputs, recipe.activations, batch=64, progress=progress)
     calibrate_weights(student, recipe.weights)
-    learned: dict[str, Any] = {"rounding_errors": {}}
-    folders = {name: Folder(checkpoint(name)) for name in ("rounding", "distillation")}
-    if recipe.rounding.learned or not recipe.distillation.steps:
-        errors = round_weights(
-            reference,
-            student,
-            inputs,
-            recipe.rounding,
-            recipe.reconstruction,
-            weights=share_weights(recipe, few),
-            seed=seed.at("round"),
-            checkpoints=folders["rounding"],
-            progress=progress,
-        )
-        learned["rounding_errors"] = {name: {"before": before, "after": after} for name, (before, after) in errors.items()}
-    if settings.batch_norm_adaptation:
-        adapt_batch_norms(reference, student, inputs, fix_codes=not recipe.distillation.steps, progress=progress)
+    learned: dict[str, Any] = {}
     if recipe.distillation.steps:
+        if settings.batch_norm_adaptation:
+            adapt_batch_norms(reference, student, inputs, fix_codes=False, progress=progress)
         source, composition = source_of(recipe, teacher, images, directory.path / "checkpoints", progress)
-        distil(teacher.graph, student, source, recipe.distillation, checkpoints=folders["distillation"], progress=progress)
+        parts = Folder(checkpoint("distillation"))
+        distil(teacher.graph, student, source, recipe.distillation, checkpoints=parts, progress=progress)
         learned["distillation"] = asdict(recipe.distillation) | {"images_of_a_step": composition}
+    errors = round_weights(
+        reference,
+        student,
+        inputs,
+        recipe.rounding,
+        recipe.reconstruction,
+        weights=share_weights(recipe, few),
+        seed=seed.at("round"),
+        checkpoints=Folder(checkpoint("rounding")),
+        progress=progress,
+    )
+    learned["rounding_errors"] = {name: {"before": before, "after": after} for name, (before, after) in errors.items()}
+    if settings.batch_norm_adaptation and not recipe.distillation.steps:
+        adapt_batch_norms(reference, student, inputs, progress=progress)
     if settings.bias_correction:
         correct_biases(reference, student, inputs, progress=progress)
     return reference, finish(student), learned

@@ -184,20 +184,3 @@ def test_the_gradient_goes_where_each_value_came_from():
     taken = out == first
     assert torch.equal(first.grad, taken.float())
     assert torch.equal(second.grad, 1 - taken.float())
-
-
-def test_released_codes_are_where_the_weight_goes_on():
-    weight = normals(4, 3, 2, 2)
-    quantizer = weight_quantizer(weight)
-    # Not the nearest ones.
-    codes = (quantizer.final_codes(weight).float() + 1).clamp(-4, 3)
-    quantizer.set_codes(codes)
-    levels = quantizer(weight)
-    quantizer.release(weight)
-    assert quantizer.codes is None
-    assert torch.equal(weight, levels)
-    assert torch.equal(quantizer(weight), levels)
-    assert torch.equal(quantizer.final_codes(weight).float(), codes)
-    before = weight.clone()
-    quantizer.release(weight)
-    assert torch.equal(weight, before)

@@ -128,13 +128,6 @@ class WeightQuantizer(nn.Module):
         self.codes = codes.detach()
         self.rounder = None
 
-    @torch.no_grad()
-    def release(self, weight: Tensor) -> None:
-        """Writes what the codes stand for into `weight`, in place, which is rounded to nearest again from now on."""
-        if self.codes is not None:
-            weight.copy_(self(weight))
-            self.codes = None
-
     def final_codes(self, weight: Tensor) -> Tensor:
         """The codes that an integer runtime stores, int8 (signed grid) or uint8."""
         codes = quantize(weight, self.scale, self.zero_point, self.grid) if self.codes is None else self.codes

@@ -114,7 +114,7 @@ def distil(
 
     Args:
         teacher: Full precision; asked for logits only where a batch does not bring them.
-        student: Calibrated. A weight whose codes are decided begins at what they stand for, and they are free again.
+        student: Calibrated, no codes decided.
         source: Of `settings.steps` batches.
 
     Raises:
@@ -198,8 +198,6 @@ def divergence(
 def _learn(student: Student, settings: Distillation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is learned, by name: tensors of the graph, which become leaves with gradients; and the gains of scales."""
     graph = student.graph
-    for name, layer in student.layers.items():
-        student.weights[name].release(graph.get_buffer(layer.weight))
     names = {name for layer in student.layers.values() for name in (layer.weight, layer.bias) if name is not None}
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is BATCH_NORM:
