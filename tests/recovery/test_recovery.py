@@ -15,7 +15,7 @@ from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.recovery.bias_correction import activations_in_float, correct_biases
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
-from reverie.recovery.reconstruction import Reconstruction, round_weights
+from reverie.recovery.reconstruction import Reconstruction, _owned_ranges, round_weights
 from reverie.rounding.adaround import AdaRound
 from reverie.rounding.nearest import Nearest
 
@@ -130,6 +130,22 @@ def test_learned_ranges_of_activations_lower_the_error_that_the_network_ends_wit
     # Whatever a layer reads is in some block; what the last one writes has no reader.
     made = place(reference, "integer", weight_bits=3, activation_bits=3, end_bits=8)
     assert moved >= {layer.source for layer in made.layers.values()}
+
+
+def test_the_scale_of_a_tensor_that_several_units_read_is_learned_by_the_first():
+    class Fork(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.left(x) + self.right(x)
+
+    graph = capture(Fork(), (4,))
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    left, right = find_units(graph, "layer")
+    assert left.inputs == right.inputs
+    assert _owned_ranges(calibrated(graph, inputs), [left, right]) == {left.name: list(left.inputs), right.name: []}
 
 
 def test_what_is_dropped_is_back_when_the_unit_is_done(reference, inputs):

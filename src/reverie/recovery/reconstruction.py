@@ -5,7 +5,13 @@
 The student's unit reads what the quantized network before it really produces, the teacher's the full-precision values
 (asymmetric reconstruction: 68.37 against 66.56 for ResNet-18 in the paper). Units are taken in execution order, and each
 is hardened before the next. With unit "layer" and `rounding/adaround.py` this is AdaRound (Nagel et al. 2020, section
-3.3; algorithms section 5), its activation function inside the loss.
+3.3; algorithms section 5), its activation function inside the loss. With unit "block" it is BRECQ (Li et al. 2021, section 3.2)
+without its Fisher weights; with `learned_ranges` and `drop` 0.5 as well it is QDrop (Wei et al. 2022, section 3.3), which leaves each
+value unquantized with that probability: both the unit's inputs, which are then the teacher's, and the tensors on grids inside. A
+unit's learned scales are those of the tensors it reads and of those inside; what it writes is on the grid of whoever reads it. The
+scale of a tensor that several units read is learned by the first of them, and then stays.
+
+Not here: the Fisher weights, the schedule of penalties that BRECQ has for each unit, early stopping.
 
 The dials: the unit, the images, the rounding method, and the numbers of `Reconstruction`. AdaRound's paper takes 10,000
 to 20,000 iterations at learning rate 1e-3; ten times the rate reaches the same rounding in a twentieth of them, because a
@@ -103,22 +109,23 @@ def round_weights(
     units = find_units(teacher, settings.unit)
     linear = {node.name for node in layers(teacher) if node.target in LINEARS}
     walks = _PairedWalk(teacher, student.graph, inputs, units, with_entry=settings.learned_ranges or settings.drop > 0)
+    owned = _owned_ranges(student, units) if settings.learned_ranges else {}
     errors: dict[str, tuple[float, float]] = {}
     with progress.stage("round", total=settings.iterations * len(units)) as step:
         for number, unit in enumerate(units):
-            part = checkpoints.load(f"codes-{number}")
+            part, ranges = checkpoints.load(f"codes-{number}"), owned.get(unit.name, [])
             if part is None:
                 before, after = _learn(
-                    student, unit, walks.at(unit), rounding, settings, linear, weights, seed.at(unit.name), step
+                    student, unit, walks.at(unit), ranges, rounding, settings, linear, weights, seed.at(unit.name), step
                 )
                 part = {name: student.weights[name].final_codes(_weight(student, name)) for name in unit.layers}
-                part |= {f"scale of {name}": student.activations[name].scale for name in _ranges(student, unit, settings)}
+                part |= {f"scale of {name}": student.activations[name].scale for name in ranges}
                 part[_ERRORS] = torch.tensor([before, after], dtype=torch.float64)
                 checkpoints.save(f"codes-{number}", part)
             else:
                 for name in unit.layers:
                     student.weights[name].set_codes(part[name].to(student.weights[name].scale))
-                for name in _ranges(student, unit, settings):
+                for name in ranges:
                     student.activations[name].scale.copy_(part[f"scale of {name}"])
                 step(settings.iterations, skipped=True)
             before, after = part[_ERRORS].tolist()
@@ -194,16 +201,22 @@ def _rounder(student: Student, name: str, rounding: Rounding) -> Rounder:
     return rounding(_weight(student, name), quantizer.scale, quantizer.zero_point, quantizer.grid)
 
 
-def _ranges(student: Student, unit: Unit, settings: Reconstruction) -> list[str]:
-    """The tensors whose scales the unit learns."""
-    names = [*unit.inputs, *(name for name in unit.nodes if name != unit.output)]
-    return [name for name in names if name in student.activations] if settings.learned_ranges else []
+def _owned_ranges(student: Student, units: list[Unit]) -> dict[str, list[str]]:
+    """For each unit, the tensors whose scales it learns: what it reads and what is inside, unless an earlier unit reads it."""
+    owned: dict[str, list[str]] = {}
+    taken: set[str] = set()
+    for unit in units:
+        names = [*unit.inputs, *(name for name in unit.nodes if name != unit.output)]
+        owned[unit.name] = [name for name in names if name in student.activations and name not in taken]
+        taken.update(owned[unit.name])
+    return owned
 
 
 def _learn(
     student: Student,
     unit: Unit,
     data: _Data,
+    ranges: list[str],
     rounding: Rounding,
     settings: Reconstruction,
     linear: set[str],
@@ -218,10 +231,10 @@ def _learn(
     for name, rounder in rounders.items():
         student.weights[name].rounder = rounder
     generator, noise = seed.generator(), seed.at("drop").generator(target.device)
-    inside = {name: student.activations[name] for name in _ranges(student, unit, settings)}
+    learned = [student.activations[name] for name in ranges]
     groups = [{"params": [p for rounder in rounders.values() for p in rounder.parameters()], "lr": settings.learning_rate}]
-    if inside:
-        groups.append({"params": [quantizer.learn_scale() for quantizer in inside.values()], "lr": settings.range_rate})
+    if learned:
+        groups.append({"params": [quantizer.learn_scale() for quantizer in learned], "lr": settings.range_rate})
     if settings.drop:
         for name in (*unit.inputs, *unit.nodes):
             if name in student.activations:
@@ -237,7 +250,7 @@ def _learn(
     channel = -1 if unit.layers[-1] in linear else 1
     for iteration in range(settings.iterations):
         progress = iteration / settings.iterations
-        if inside:
+        if learned:
             optimizer.param_groups[1]["lr"] = settings.range_rate * (1 + math.cos(math.pi * progress)) / 2
         if weights is None:
             picked = torch.randint(count, (settings.batch,), generator=generator).to(target.device)
