@@ -1,7 +1,7 @@
 """The tables of docs/benchmarks.md: methods against each other on one network, several seeds each.
 
     python benchmarks/methods.py --assets ../shared/assets                                 all rows of ResNet-20, then the tables
-    python benchmarks/methods.py --assets ../shared/assets --rows fdda-w4a4 --seeds 0 1    some of them
+    python benchmarks/methods.py --assets ../shared/assets --rows fdda-4 --seeds 0 1       some of them
     python benchmarks/methods.py --assets ../shared/assets --table                         the tables of what is there
     python benchmarks/methods.py --assets ../shared/assets --tuning --rows gdfq-3 --seeds 0 --more "--set synthesis.steps=800"
     python benchmarks/methods.py --assets ../shared/assets --rows mobilenet_v2-gdfq mobilenet_v2-clusterq mobilenet_v2-fdda --more "--device cuda"
@@ -68,14 +68,14 @@ CALIBRATED = (
 # Rounded to nearest, as in the papers.
 NEAREST = "--set rounding.method=nearest"
 TUNED = f"{RESNET20} {LITERATURE} {NEAREST}"
-# As the papers have it: statistics in absolute units, no refinement, and a generator that goes on training with the student.
-PUBLISHED = (
+# The papers' way to feed the student: absolute statistics, no refinement, a generator that goes on training with it.
+FRESH = (
     f"{TUNED} --set synthesis.relative=false --set synthesis.statistics_weight=1 --set synthesis.refine_steps=0 "
     "--set distillation.synthetic=fresh --set images=256 --set distillation.steps=300 --set activations.percentile=99.99 "
     "--set quantization.batch_norm_adaptation=false"
 )
 FOUR, THREE, INTEGER = "W4A4, all layers, literature", "W3A3, all layers, literature", "W4A4, 8-bit ends, integer, exported"
-FRESH_FOUR, FRESH_THREE = f"{FOUR}, as published", f"{THREE}, as published"
+FRESH_FOUR, FRESH_THREE = f"{FOUR}, fresh images", f"{THREE}, fresh images"
 ROWS = {
     "real-calibration": Row(
         "W4A4, calibration only, literature",
@@ -108,10 +108,10 @@ for table, number in ((FOUR, 4), (THREE, 3)):
     }
 for table, number in ((FRESH_FOUR, 4), (FRESH_THREE, 3)):
     ROWS |= {
-        f"gdfq-fresh-{number}": Row(table, "gdfq", "none", f"{PUBLISHED} {bits(number)} --recipe gdfq"),
-        f"clusterq-fresh-{number}": Row(table, "clusterq", "none", f"{PUBLISHED} {bits(number)} --recipe clusterq"),
+        f"gdfq-fresh-{number}": Row(table, "gdfq", "none", f"{FRESH} {bits(number)} --recipe gdfq"),
+        f"clusterq-fresh-{number}": Row(table, "clusterq", "none", f"{FRESH} {bits(number)} --recipe clusterq"),
         f"fdda-fresh-{number}": Row(
-            table, "fdda", "1 image a class", f"{PUBLISHED} {bits(number)} --recipe fdda --set real_share=0.5 {ONE}"
+            table, "fdda", "1 image a class", f"{FRESH} {bits(number)} --recipe fdda --set real_share=0.5 {ONE}"
         ),
     }
 # Each term by itself, at W3A3: what the others would do without it.
@@ -229,10 +229,13 @@ def measure(name: str, assets: Path, seed: int, more: str, tuning: bool) -> Path
     if tuning:
         command[command.index("--evaluate") + 1] = str(BUILD / "cifar10_tuning.npz")
         command += ["--unlabelled", str(BUILD / "imagenet_32.npz")]
-    folder = output(name, seed, more or "as it is" if tuning else "")
+    folder = output(name, seed, f"{ROWS[name].command} {more}" if tuning else "")
     began = time.perf_counter()
     call = [sys.executable, "-m", "reverie", "quantize", *command, "--seed", str(seed), "--output", str(folder)]
-    subprocess.run([*call, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    done = subprocess.run([*call, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        # Progress comes before the error, as JSON lines.
+        raise SystemExit(f"{name} seed {seed}: {done.stderr.splitlines()[-1]}")
     print(f"{name} seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return folder
 
@@ -240,9 +243,9 @@ def measure(name: str, assets: Path, seed: int, more: str, tuning: bool) -> Path
 def tuned(folder: Path) -> str:
     """What a run says of the images to tune on."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    agreed = metrics["agreement"]["unlabelled"]["quantized"]
+    far = (metrics["divergence"][kind]["quantized"] for kind in ("evaluation", "unlabelled"))
     top1 = " -> ".join(f"{100 * metrics[kind]['top1']:.2f}" for kind in ("full_precision", "quantized"))
-    return f"turned training images {top1}, agreement on photographs {100 * agreed:.1f}"
+    return f"turned training images {top1}, KL {' and on photographs '.join(f'{value:.3f}' for value in far)}"
 
 
 def found(name: str) -> list[dict]:
@@ -302,6 +305,8 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="make no runs")
     options = parser.parse_args()
+    if options.tuning and any(name in SLOW for name in options.rows):
+        parser.error(f"--tuning must be with rows of ResNet-20, got {', '.join(name for name in options.rows if name in SLOW)}")
     if not options.table:
         prepare(options.assets, options.seeds)
         if options.tuning:

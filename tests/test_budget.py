@@ -66,14 +66,23 @@ def test_every_stage_that_learns_is_timed_and_nothing_is_touched(tiny_cnn, teach
     costs = step_costs(recipe, teacher, real, progress=progress)
     assert set(costs) == set(learning_steps(recipe)) and min(costs.values()) > 0
     assert progress.stages == [("time steps", len(costs))]
-    if "distillation.steps" in costs and "synthesis.steps" in costs:
-        # A generator that goes on training is trained in each step of the student.
-        fresh = replace(recipe, distillation=replace(recipe.distillation, synthetic="fresh"))
-        assert step_costs(fresh, teacher, real, progress=Silent())["distillation.steps"] > costs["synthesis.steps"]
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in teacher.graph.modules()] == modes
     after = teacher.graph.state_dict()
     assert all(torch.equal(after[name], value) and not after[name].requires_grad for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("synthetic", "cost"), [("kept", 7.0), ("fresh", 12.0), ("both", 12.0)])
+def test_a_generator_that_goes_on_training_costs_a_step_of_its_own(teacher, monkeypatch, synthetic, cost):
+    for stage, seconds in (("_synthesis", 5.0), ("_refinement", 1.0), ("_distillation", 7.0), ("_reconstruction", 2.0)):
+        monkeypatch.setattr(budget, stage, lambda *_, seconds=seconds: seconds)
+    costs = step_costs(read("gdfq", {"distillation.synthetic": synthetic}), teacher, None, progress=Silent())
+    assert costs == {
+        "synthesis.steps": 5.0,
+        "synthesis.refine_steps": 1.0,
+        "distillation.steps": cost,
+        "reconstruction.iterations": 2.0,
+    }
 
 
 def test_all_stages_are_shortened_by_the_same_factor(teacher):
@@ -96,7 +105,8 @@ def test_all_stages_are_shortened_by_the_same_factor(teacher):
 
 
 def test_steps_of_distillation_and_of_a_generator_count_once(teacher, monkeypatch):
-    recipe = read("gdfq", {"synthesis.steps": 400, "synthesis.refine_steps": 40, "distillation.steps": 560})
+    steps = {"synthesis.steps": 400, "synthesis.refine_steps": 40, "distillation.steps": 560}
+    recipe = read("gdfq", steps | {"rounding.method": "nearest"})
     monkeypatch.setattr(budget, "step_costs", costing(0.6))
     schedule = fit(recipe, teacher, None, 2.5, progress=Silent())
     assert schedule == Schedule(2.5, 0.25, {"synthesis.steps": 100, "synthesis.refine_steps": 10, "distillation.steps": 140})

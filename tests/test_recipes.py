@@ -263,7 +263,7 @@ def test_the_student_sees_images_that_are_kept_or_fresh_ones_or_both(network, re
     assert f"each on {' and '.join(f'{count} {kind}' for kind, count in seen.items())} images" in text_of(done.path)
 
 
-def test_ranges_are_decided_by_so_many_synthetic_images_and_all_real_ones(network, real, tmp_path, monkeypatch):
+def test_ranges_are_decided_by_so_many_images_of_each_kind(network, real, tmp_path, monkeypatch):
     seen = []
 
     def watched(reference, student, inputs, *rest, **more):
@@ -272,8 +272,20 @@ def test_ranges_are_decided_by_so_many_synthetic_images_and_all_real_ones(networ
 
     monkeypatch.setattr(pipeline, "calibrate_activations", watched)
     done = run(quick("gdfq", ALONE | {"calibration_images": 5}), network, output=tmp_path / "run", calibration=real)
-    assert seen == [5 + 12]
+    assert seen == [5 + 5]
     assert done.metrics["images"]["source"] == {"gdfq": 16, "real": 12}
+    assert done.metrics["calibration"] == {"gdfq": 5, "real": 5}
+    assert "ranges and rounding: decided on 5 gdfq, 5 real of them" in outcome.notes(done.metrics)
+
+
+def test_fresh_images_are_refused_where_there_is_no_generator(network, tmp_path):
+    recipe = read("zeroq", {"distillation.steps": 5, "distillation.synthetic": "fresh"})
+    with pytest.raises(ConfigError) as caught:
+        run(recipe, network, output=tmp_path / "run")
+    assert str(caught.value) == (
+        "distillation.synthetic must be 'kept' with zeroq, which has no generator, got 'fresh'; leave it out, or use --recipe gdfq"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("preset", ["gdfq", "fdda"])
@@ -335,7 +347,7 @@ def assert_kills_change_nothing(recipe, network, real, tmp_path, monkeypatch, ki
 @pytest.mark.slow
 def test_a_run_killed_in_its_warm_up_and_in_its_distillation_ends_with_the_same_bytes(network, real, tmp_path, monkeypatch):
     # Twice in the distillation: what is saved by a resumed one must be as good.
-    kills = (("generator", 3), ("refined-0", 1), ("distillation", 1), ("distillation", 2))
+    kills = (("generator", 3), ("refined-0", 1), ("distillation", 1), ("distillation", 2), ("codes-1", 1))
     assert_kills_change_nothing(quick("fdda", ALONE), network, real, tmp_path, monkeypatch, kills)
 
 
@@ -346,12 +358,13 @@ def test_a_run_killed_in_its_warm_up_and_in_its_distillation_ends_with_the_same_
 )
 def test_a_killed_run_of_any_generator_ends_with_the_same_bytes(preset, more, mixing, network, real, tmp_path, monkeypatch):
     # Long enough for ClusterQ's centroids and for all four quarters of the learning rate.
-    recipe = quick(preset, more | {"synthesis.steps": 30, "distillation.steps": 12, "distillation.synthetic": "fresh"})
+    kind = "both" if mixing else "fresh"
+    recipe = quick(preset, more | {"synthesis.steps": 30, "distillation.steps": 12, "distillation.synthetic": kind})
     if preset == "clusterq":
         recipe = replace(recipe, synthesis=replace(recipe.synthesis, refresh=3))
     calibration = real if mixing else None
     # The numbers count from the kill before; the last one comes when all steps are done.
-    kills = (("generator", 2), ("generator", 7), ("distillation", 1), ("distillation", 6), ("distillation", 5))
+    kills = (("generator", 2), ("generator", 7), ("distillation", 1), ("distillation", 6), ("distillation", 5), ("codes-1", 1))
     assert_kills_change_nothing(recipe, network, calibration, tmp_path, monkeypatch, kills)
 
 

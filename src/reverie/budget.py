@@ -8,8 +8,8 @@ Every schedule (half cosines, quarters, annealing) is defined over shares of its
 `refresh` counts steps and stays. Nothing is ever lengthened. The stages that learn, and what one more step of each means:
 
     synthesis.steps              pixels: one for each batch of images and of held-out images; a generator: one, for all of them
-    clipping.steps               one for each batch of exciting images
     synthesis.refine_steps       one for each batch of images and of held-out images
+    clipping.steps               one for each batch of exciting images
     distillation.steps           one of the student, and one of the generator where that goes on training
     reconstruction.iterations    one for each unit
 
@@ -232,8 +232,8 @@ def _is_fresh(recipe: Recipe) -> bool:
 def _refinement(recipe: Recipe, teacher: Teacher) -> float:
     """A step for each batch of all images, which are taken for equally large."""
     own: Any = recipe.synthesis
-    method = replace(own, refine_steps=_long_enough(own.refine_steps))
-    stream = method.stream_type(method, teacher, _SEED)
+    method = replace(own, refine_steps=_long_enough(own.refine_steps), steps=1)
+    stream = method.stream(teacher, seed=_SEED, checkpoints=Forgetful(), progress=Silent())
     seconds = 0.0
     for count in filter(None, (recipe.images, recipe.held_out)):
         number = -(-count // method.batch)

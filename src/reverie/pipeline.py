@@ -248,11 +248,10 @@ def _free_if_refused(directory: RunDirectory) -> Iterator[None]:
 
 def _plan(recipe: Recipe) -> dict[str, float]:
     """The stages that take time, with relative costs as seen on small networks."""
-    plan = {"synthesize": 6.0, "calibrate": 0.5}
-    if isinstance(recipe.synthesis, Streaming):
-        plan["refine"] = 1.0
-    if recipe.clipping.images:
-        plan["excite"] = 2.0
+    plan = {"synthesize": 6.0} if synthesizes(recipe) else {}
+    if synthesizes(recipe) and isinstance(recipe.synthesis, Streaming):
+        plan["refine"] = 5.0
+    plan |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
     if recipe.distillation.steps:
         plan["distil"] = 12.0
     if recipe.rounding.learned:
@@ -299,6 +298,11 @@ def check(
         raise lacks_capsule(network.name, method_name(recipe))
     if capsule and not recipe.synthesis.needs_capsule:
         raise ConfigError(f"{method_name(recipe)} reads no capsule, got one; leave it out, or use --recipe fdda")
+    if recipe.distillation.steps and recipe.distillation.synthetic != "kept" and not isinstance(recipe.synthesis, Streaming):
+        raise ConfigError(
+            f"distillation.synthetic must be 'kept' with {method_name(recipe)}, which has no generator, got "
+            f"{recipe.distillation.synthetic!r}; leave it out, or use --recipe gdfq"
+        )
     # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
     if synthesizes(recipe) and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
         raise lacks_batch_norm(network.name, method_name(recipe))
@@ -321,8 +325,7 @@ def quantize(
     """
     settings = recipe.quantization
     reference, student = student_of(teacher.graph, settings)
-    most = recipe.calibration_images
-    few = {name: part if name == "real" else part.evenly(most) for name, part in images.items()}
+    few = {name: part.evenly(recipe.calibration_images) for name, part in images.items()}
     inputs = torch.cat([part.inputs for part in few.values()]).to(teacher.device)
     checkpoint, seed = directory.checkpoint, Seed(recipe.seed)
     if recipe.clipping.images:
@@ -332,7 +335,7 @@ def quantize(
     else:
         calibrate_activations(reference, student, inputs, recipe.activations, batch=64, progress=progress)
     calibrate_weights(student, recipe.weights)
-    learned: dict[str, Any] = {}
+    learned: dict[str, Any] = {"calibration": {name: len(part) for name, part in few.items()}}
     if recipe.distillation.steps:
         if settings.batch_norm_adaptation:
             adapt_batch_norms(reference, student, inputs, fix_codes=False, progress=progress)

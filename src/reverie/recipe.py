@@ -78,9 +78,9 @@ class Recipe:
 
     Args:
         seed: Of everything random.
-        images: Synthetic calibration images; 0 means only the real ones given.
-        calibration_images: At most so many of the synthetic images, evenly from all, decide ranges, adaptation and rounding, which hold
-            what the network computes of them in memory; distillation sees all.
+        images: Synthetic images; 0 means only the real ones given.
+        calibration_images: At most so many of the synthetic and of the real images, evenly from all, decide ranges, adaptation, rounding and
+            bias correction, which hold in memory what the network computes of them; distillation sees all.
         held_out: Synthetic images, from another seed, on which agreement is measured.
         real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 0.9, or 1; 0 means
             in proportion to their numbers, but at most half of a batch of distillation.

@@ -1,5 +1,7 @@
 """Calibration, learned rounding and bias correction win accuracy back, and do it the same way every time."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -14,8 +16,8 @@ from reverie.observers.mse import Mse
 from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.recovery.bias_correction import activations_in_float, correct_biases
-from reverie.recovery.ranges import calibrate_activations, calibrate_weights
-from reverie.recovery.reconstruction import Reconstruction, _owned_ranges, round_weights
+from reverie.recovery.ranges import calibrate_activations, calibrate_weights, keep_biases_in_range
+from reverie.recovery.reconstruction import Reconstruction, round_weights
 from reverie.rounding.adaround import AdaRound
 from reverie.rounding.nearest import Nearest
 
@@ -132,20 +134,70 @@ def test_learned_ranges_of_activations_lower_the_error_that_the_network_ends_wit
     assert moved >= {layer.source for layer in made.layers.values()}
 
 
-def test_the_scale_of_a_tensor_that_several_units_read_is_learned_by_the_first():
-    class Fork(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+class Pooled(torch.nn.Module):
+    """`y` is read by a pooling, which is part of no layer, before a layer reads it."""
 
-        def forward(self, x):
-            return self.left(x) + self.right(x)
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
 
-    graph = capture(Fork(), (4,))
-    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    left, right = find_units(graph, "layer")
-    assert left.inputs == right.inputs
-    assert _owned_ranges(calibrated(graph, inputs), [left, right]) == {left.name: list(left.inputs), right.name: []}
+    def forward(self, x):
+        y = torch.relu(self.first(x))
+        small = torch.nn.functional.max_pool2d(y, 2)
+        large = torch.nn.functional.interpolate(torch.relu(self.second(small)), scale_factor=2.0)
+        return large + torch.relu(self.third(y))
+
+
+class Forked(torch.nn.Module):
+    """Two layers read `x`."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return self.left(x) + torch.relu(self.right(x))
+
+
+@pytest.mark.parametrize("network", [Pooled, Forked])
+def test_a_killed_reconstruction_of_layers_goes_on_to_the_same_scales_where_several_read_a_tensor(network, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(network(), (3, 8, 8))
+    inputs = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"unit": "layer", "learned_ranges": True, "range_rate": 0.1, "drop": 0.5, "iterations": 10}
+    students = []
+    for number in range(len(find_units(graph, "layer"))):
+        # After the first, each goes on from one unit more that the first has done.
+        folder = tmp_path / str(number)
+        for part in range(number):
+            folder.mkdir(exist_ok=True)
+            shutil.copy(tmp_path / "0" / f"codes-{part}.safetensors", folder)
+        student = calibrated(graph, inputs)
+        before = {name: quantizer.scale.clone() for name, quantizer in student.activations.items()}
+        rounded(student, graph, inputs, AdaRound(), checkpoints=Folder(folder), **settings)
+        students.append(student)
+    assert any(not torch.equal(quantizer.scale, before[name]) for name, quantizer in student.activations.items())
+    for student in students[1:]:
+        for name, quantizer in students[0].activations.items():
+            assert torch.equal(quantizer.scale, student.activations[name].scale), name
+        for name, quantizer in students[0].weights.items():
+            assert torch.equal(quantizer.codes, student.weights[name].codes), name
+
+
+def test_a_scale_that_is_learned_leaves_biases_within_int32(reference, inputs):
+    student = calibrated(reference, inputs)
+    layer = next(layer for layer in student.layers.values() if layer.bias is not None and layer.source is not None)
+    source, weight = student.activations[layer.source], student.weights[layer.name]
+    bias = student.graph.get_buffer(layer.bias)
+    bias[0] = 2.0**30 * source.scale * weight.scale.flatten()[0]
+    # Half of what it was: the bias would need 2^31.
+    source.scale.mul_(0.5)
+    weight.set_codes(weight.final_codes(student.graph.get_buffer(layer.weight)).float())
+    scale = weight.scale.clone()
+    keep_biases_in_range(student)
+    assert torch.equal(weight.scale, scale)
+    assert (bias / (source.scale * weight.scale.flatten())).abs().max() <= 2.0**30 * (1 + 1e-6)
 
 
 def test_what_is_dropped_is_back_when_the_unit_is_done(reference, inputs):

@@ -38,7 +38,7 @@ from reverie.observers.percentile import Percentile
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.recovery.ranges import calibrate_activations
-from reverie.synthesis import Teacher
+from reverie.synthesis import Teacher, batches
 from reverie.synthesis._losses import total_variation
 from reverie.synthesis._pixels import descend, in_batches
 
@@ -101,8 +101,7 @@ def excite(
 
     return in_batches(
         make,
-        settings.images,
-        batch=settings.batch,
+        [size for _, size in batches(settings.images, settings.batch)],
         steps=settings.steps,
         checkpoints=checkpoints,
         progress=progress,
@@ -147,4 +146,5 @@ def _batch(teacher: Teacher, settings: Clipping, labels: Tensor, seed: Seed, ste
         learning_rate=settings.learning_rate,
         bounds=teacher.input.bounds(noise),
         step=step,
+        setting="clipping.learning_rate",
     )

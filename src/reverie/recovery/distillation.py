@@ -1,4 +1,4 @@
-"""Distillation: the whole network as one unit, its answers fitted to the teacher's on images that keep coming.
+"""Distillation: the whole network as one unit, its answers fitted to the teacher's on batch after batch of images.
 
     loss = kl_weight * temperature^2 * KL( softmax(t / temperature) || softmax(o / temperature) ) + class_weight * CE(o, y)
 

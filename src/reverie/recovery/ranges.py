@@ -63,11 +63,16 @@ def calibrate_weights(student: Student, observer: Observer) -> None:
 def keep_biases_in_range(student: Student) -> None:
     """Raises, in place, the scale of each weight channel that is so small that its bias would not fit int32.
 
-    Such a channel's weights are next to nothing: the bias is what it has to say.
+    Such a channel's weights are next to nothing: the bias is what it has to say. Where the codes of a weight are decided, so is
+    its scale, and the scale of the tensor that the layer reads is raised instead.
     """
     for name in student.biases:
         layer, quantizer = student.layers[name], student.weights[name]
         assert layer.bias is not None and layer.source is not None
-        bias = student.graph.get_buffer(layer.bias)
-        smallest = bias.abs() / (student.activations[layer.source].scale * BIAS_LIMIT)
-        quantizer.scale.copy_(torch.maximum(quantizer.scale, smallest.view(quantizer.scale.shape)))
+        source = student.activations[layer.source]
+        smallest = student.graph.get_buffer(layer.bias).abs() / BIAS_LIMIT
+        if quantizer.codes is None:
+            needed = (smallest / source.scale).view(quantizer.scale.shape)
+            quantizer.scale.copy_(torch.maximum(quantizer.scale, needed))
+        else:
+            source.scale.copy_(torch.maximum(source.scale, (smallest / quantizer.scale.flatten()).amax()))

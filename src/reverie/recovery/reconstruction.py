@@ -8,10 +8,10 @@ is hardened before the next. With unit "layer" and `rounding/adaround.py` this i
 3.3; algorithms section 5), its activation function inside the loss. With unit "block" it is BRECQ (Li et al. 2021, section 3.2)
 without its Fisher weights; with `learned_ranges` and `drop` 0.5 as well it is QDrop (Wei et al. 2022, section 3.3), which leaves each
 value unquantized with that probability: both the unit's inputs, which are then the teacher's, and the tensors on grids inside. A
-unit's learned scales are those of the tensors it reads and of those inside; what it writes is on the grid of whoever reads it. The
-scale of a tensor that several units read is learned by the first of them, and then stays.
+unit's learned scales are those of the tensors it reads and of those inside; what it writes is on the grid of whoever reads it. A
+scale that something was computed with already (by an earlier unit, or by a pooling between two) stays as it is.
 
-Not here: the Fisher weights, the schedule of penalties that BRECQ has for each unit, early stopping.
+Not here: BRECQ's Fisher weights, early stopping.
 
 The dials: the unit, the images, the rounding method, and the numbers of `Reconstruction`. AdaRound's paper takes 10,000
 to 20,000 iterations at learning rate 1e-3; ten times the rate reaches the same rounding in a twentieth of them, because a
@@ -37,6 +37,7 @@ from reverie.graph.units import Unit, UnitKind, find_units
 from reverie.graph.walk import Walk
 from reverie.progress import Progress
 from reverie.randomness import Seed
+from reverie.recovery.ranges import keep_biases_in_range
 from reverie.rounding import Rounding
 
 # Beside the layers' codes in a checkpoint; no node of a graph is called so.
@@ -109,7 +110,7 @@ def round_weights(
     units = find_units(teacher, settings.unit)
     linear = {node.name for node in layers(teacher) if node.target in LINEARS}
     walks = _PairedWalk(teacher, student.graph, inputs, units, with_entry=settings.learned_ranges or settings.drop > 0)
-    owned = _owned_ranges(student, units) if settings.learned_ranges else {}
+    owned = walks.ranges(student, units) if settings.learned_ranges else {}
     errors: dict[str, tuple[float, float]] = {}
     with progress.stage("round", total=settings.iterations * len(units)) as step:
         for number, unit in enumerate(units):
@@ -127,6 +128,7 @@ def round_weights(
                     student.weights[name].set_codes(part[name].to(student.weights[name].scale))
                 for name in ranges:
                     student.activations[name].scale.copy_(part[f"scale of {name}"])
+                keep_biases_in_range(student)
                 step(settings.iterations, skipped=True)
             before, after = part[_ERRORS].tolist()
             errors[unit.name] = (before, after)
@@ -181,6 +183,20 @@ class _PairedWalk:
             target=self._teacher_walk.value(unit.output),
         )
 
+    def ranges(self, student: Student, units: list[Unit]) -> dict[str, list[str]]:
+        """For each unit, the tensors whose scales it may learn: those it reads and those inside, if nothing was computed with them yet."""
+        found: dict[str, list[str]] = {}
+        taken: set[str] = set()
+        reached = -1
+        for unit in units:
+            # The student has walked to the last of these tensors by then, and not through the quantizer behind it.
+            reached = max(reached, *(self._order[source] for source in self._sources[unit.name]))
+            names = [*unit.inputs, *(name for name in unit.nodes if name != unit.output)]
+            fresh = [name for name in names if name in student.activations and self._order[name] >= reached]
+            found[unit.name] = [name for name in fresh if name not in taken]
+            taken.update(found[unit.name])
+        return found
+
     def passed(self, unit: Unit) -> None:
         """The unit is hardened; what only it needed can go."""
         if not self._readers.get(unit.output):
@@ -199,17 +215,6 @@ def _weight(student: Student, name: str) -> Tensor:
 def _rounder(student: Student, name: str, rounding: Rounding) -> Rounder:
     quantizer = student.weights[name]
     return rounding(_weight(student, name), quantizer.scale, quantizer.zero_point, quantizer.grid)
-
-
-def _owned_ranges(student: Student, units: list[Unit]) -> dict[str, list[str]]:
-    """For each unit, the tensors whose scales it learns: what it reads and what is inside, unless an earlier unit reads it."""
-    owned: dict[str, list[str]] = {}
-    taken: set[str] = set()
-    for unit in units:
-        names = [*unit.inputs, *(name for name in unit.nodes if name != unit.output)]
-        owned[unit.name] = [name for name in names if name in student.activations and name not in taken]
-        taken.update(owned[unit.name])
-    return owned
 
 
 def _learn(
@@ -271,6 +276,7 @@ def _learn(
     for name in (*unit.inputs, *unit.nodes):
         if name in student.activations:
             student.activations[name].settle()
+    keep_biases_in_range(student)
     return before, _error(module, data.sources, target)
 
 

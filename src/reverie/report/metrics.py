@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx
+from torch.nn import functional
 
 from reverie.export import _verify as verify
 from reverie.export.onnx import export_float
@@ -51,7 +52,7 @@ def collect(
         ExportError: ONNX Runtime does not compute what the student does, or computes a layer in float.
     """
     found: dict[str, Any] = {name: {"top1": None} for name in ("full_precision", "quantized", "exported")}
-    found |= {"difference": {}, "agreement": {}, "parity": None, "bytes": {}, "latency_ms": None}
+    found |= {"difference": {}, "agreement": {}, "divergence": {}, "parity": None, "bytes": {}, "latency_ms": None}
     if onnx is not None:
         session = verify.open_session(onnx, threads=torch.get_num_threads())
         probes = torch.cat([part.inputs[: max(1, _PARITY_IMAGES // len(sets))] for part in sets.values()])
@@ -69,6 +70,7 @@ def collect(
         for name, part in sets.items():
             scores = score(models, part, step)
             found["agreement"][name] = {"images": len(part)} | scores["agreement"]
+            found["divergence"][name] = {"images": len(part)} | scores["divergence"]
             if name == "evaluation" and part.labels is not None:
                 found |= {key: {"top1": value, "images": len(part)} for key, value in scores["top1"].items()}
                 found["difference"] = scores["difference"]
@@ -87,24 +89,34 @@ def collect(
 def score(
     models: Mapping[str, Callable[[Tensor], Tensor]], images: Images, step: Callable[..., None] = lambda: None
 ) -> dict[str, Any]:
-    """How often `models` are right, and how often they agree with the one named "full_precision".
+    """How often `models` are right, and how far they are from the one named "full_precision".
 
     Args:
         models: Give logits for inputs.
         step: Is called after each of the batches of `BATCH`.
 
     Returns:
-        `agreement` by model; with labels `top1` by model too, and `difference` from full precision with its 95 % interval.
+        By model `agreement` and `divergence` (KL of its answer from full precision's, in nats, mean over images); with labels `top1`
+        too, and `difference` from full precision with its 95 % interval.
     """
     answers: dict[str, list[Tensor]] = {name: [] for name in models}
+    divergences = dict.fromkeys((name for name in models if name != "full_precision"), 0.0)
     for inputs in torch.split(images.inputs, BATCH):
-        for name, model in models.items():
-            answers[name].append(model(inputs).argmax(dim=1))
+        logits = {name: model(inputs) for name, model in models.items()}
+        for name, answer in logits.items():
+            answers[name].append(answer.argmax(dim=1))
+        known = functional.log_softmax(logits["full_precision"], dim=1)
+        for name in divergences:
+            ours = functional.log_softmax(logits[name], dim=1)
+            divergences[name] += float(functional.kl_div(ours, known, reduction="sum", log_target=True)) / len(images)
         step()
     classes = {name: torch.cat(parts) for name, parts in answers.items()}
     full = classes["full_precision"]
     others = {name: predicted for name, predicted in classes.items() if name != "full_precision"}
-    scores: dict[str, Any] = {"agreement": {name: agreement(full, predicted) for name, predicted in others.items()}}
+    scores: dict[str, Any] = {
+        "agreement": {name: agreement(full, predicted) for name, predicted in others.items()},
+        "divergence": divergences,
+    }
     labels = images.labels
     if labels is not None:
         scores["top1"] = {name: accuracy(predicted, labels) for name, predicted in classes.items()}

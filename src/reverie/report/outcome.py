@@ -98,9 +98,13 @@ def images_text(images: dict[str, Any]) -> str:
 
 
 def learning_notes(metrics: dict[str, Any]) -> list[str]:
-    """Likewise on classes that the capsule does not tell, and on what distillation saw; nothing where there is neither."""
+    """Likewise on images that were left out, classes that the capsule does not tell, and what distillation saw; where there are any."""
     capsule, distillation = metrics["images"].get("capsule"), metrics.get("distillation")
     lines = []
+    fewer = metrics.get("calibration", {})
+    if any(count < metrics["images"]["source"][kind] for kind, count in fewer.items()):
+        used = ", ".join(f"{count} {kind}" for kind, count in fewer.items())
+        lines.append(f"ranges and rounding: decided on {used} of them")
     if capsule is not None and (capsule["missing"] or capsule["misclassified"]):
         lines.append(f"capsule: {_capsule(capsule)}")
     if distillation is not None:

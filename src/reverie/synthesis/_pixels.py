@@ -8,7 +8,7 @@ A method is a frozen dataclass derived from `PixelMethod` whose `alignment` is i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,8 +89,7 @@ class PixelMethod:
         observed = Observed(teacher.graph, self.statistics_level())
         made = in_batches(
             lambda number, size, step: self._batch(teacher, observed, number * self.batch, size, seed.at(number), step),
-            count,
-            batch=self.batch,
+            [size for _, size in batches(count, self.batch)],
             steps=self.steps,
             checkpoints=checkpoints,
             progress=progress,
@@ -121,9 +120,8 @@ class PixelMethod:
 
 def in_batches(
     make: Callable[[int, int, Callable[..., None]], dict[str, Tensor]],
-    count: int,
+    sizes: Sequence[int],
     *,
-    batch: int,
     steps: int,
     stage: str = "synthesize",
     part_name: str = "images",
@@ -134,12 +132,13 @@ def in_batches(
 
     Args:
         make: Makes a batch, given its number, its size and what to call after each of its `steps`.
+        sizes: Images of each batch.
         stage: What progress calls it.
         part_name: What checkpoints call a batch, before its number.
     """
     parts = []
-    with progress.stage(stage, total=steps * -(-count // batch)) as step:
-        for number, size in batches(count, batch):
+    with progress.stage(stage, total=steps * len(sizes)) as step:
+        for number, size in enumerate(sizes):
             name = f"{part_name}-{number}"
             part = checkpoints.load(name)
             if part is None:
@@ -166,7 +165,7 @@ def descend(
     learning_rate: float,
     bounds: tuple[Tensor, Tensor] | None,
     step: Callable[..., None],
-    setting: str = "learning_rate",
+    setting: str = "synthesis.learning_rate",
 ) -> Float[Tensor, "size channels height width"]:
     """The pixels, on the CPU, after `steps` of Adam on `loss` from `pixels`.
 
@@ -174,7 +173,7 @@ def descend(
         loss: Of the pixels; called once each step.
         bounds: Smallest and largest valid value, enforced after each step; None leaves pixels free.
         step: Called after each step.
-        setting: What the method calls its learning rate, for the error.
+        setting: The key of the learning rate, for the error.
 
     Raises:
         DivergenceError: A pixel is infinite or undefined at the end.
@@ -194,7 +193,7 @@ def descend(
     if not bool(torch.isfinite(pixels).all()):
         raise DivergenceError(
             f"synthesis: pixels must stay finite, got others after {steps} steps; "
-            f"try --set synthesis.{setting}={learning_rate / 4:g} with another --output"
+            f"try --set {setting}={learning_rate / 4:g} with another --output"
         )
     return pixels.detach().cpu().contiguous()
 

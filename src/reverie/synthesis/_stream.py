@@ -1,12 +1,12 @@
 """A generator in training, as a source of images: what GDFQ, FDDA, ClusterQ and DSG's generator share.
 
-The generator's loss needs the teacher alone, so a stream can be trained by itself (the warm-up, whose end also gives the
-fixed set of images that every synthesis method gives) and then goes on training while a student consumes the very
+The generator's loss needs the teacher alone, so a stream can be trained by itself (the warm-up, after which it gives the
+fixed set of images that every synthesis method gives), and it can go on training while a student consumes the very
 batches it is trained on, together with the logits that the teacher gave them.
 
     warm-up       `steps` steps of the generator, learning rate constant
-    fixed set     the generator's images, and `refine_steps` steps of gradient descent on their pixels
-    student       one more step for each batch drawn, learning rate x `decay` after each quarter (all repositories of the
+    kept images   the generator's, and `refine_steps` steps of gradient descent on their pixels; what a student learns from by default
+    fresh images  one more step for each batch drawn, learning rate x `decay` after each quarter (all repositories of the
                   family: after 100, 200 and 300 of 400 epochs, warm-up included)
 
 The refinement is ours: after hundreds of steps, where the papers take ten thousands, a generator knows the classes, and its images
@@ -142,12 +142,12 @@ class GeneratorStream(nn.Module):
             return images
         assert images.labels is not None
         inputs, labels = images.inputs, images.labels
-        # Batches of equal size: the loss reads their statistics.
-        size = -(-count // -(-count // settings.batch))
+        # As even as can be, since the loss reads a batch's statistics: sizes differ by one at most.
+        parts = torch.arange(count).tensor_split(-(-count // settings.batch))
 
-        def refine(number: int, size_here: int, step: Callable[..., None]) -> dict[str, Tensor]:
-            place, random = number * size, seed.at("refine", number).generator()
-            chosen = slice(place, place + size_here)
+        def refine(number: int, size: int, step: Callable[..., None]) -> dict[str, Tensor]:
+            chosen, random = parts[number], seed.at("refine", number).generator()
+            place = int(chosen[0])
             asked = labels[chosen].to(self.device)
 
             def loss(pixels: Tensor) -> Tensor:
@@ -161,14 +161,13 @@ class GeneratorStream(nn.Module):
                 learning_rate=settings.refine_rate,
                 bounds=self.input.bounds(start),
                 step=step,
-                setting="refine_rate",
+                setting="synthesis.refine_rate",
             )
             return {"inputs": pixels}
 
         refined = in_batches(
             refine,
-            count,
-            batch=size,
+            [len(part) for part in parts],
             steps=settings.refine_steps,
             checkpoints=checkpoints,
             progress=progress,
@@ -222,7 +221,8 @@ class GeneratorMethod:
         width: Channels of the generator's widest layers.
         conditioning: How the class enters: "norms", "embedding", or "auto" by the image's size.
         class_weight: Of the cross-entropy to the class asked for.
-        statistics_weight: Of the distance of the batch-norm statistics.
+        statistics_weight: Of the distance of the batch-norm statistics. 0.1 in the released codes of GDFQ and ClusterQ, 0.2 in FDDA's, all of
+            absolute distances; of relative ones 1 and 20 taught a student less than 5 (one seed, docs/log.md).
         relative: That distance in units of the running standard deviation, as in `zeroq`; else absolute, as in the papers, where layers
             with large values rule (docs/log.md).
         learning_rate: Of Adam with betas 0.5 and 0.999; 1e-3 in all repositories of the family, for 80,000 steps.

@@ -4,7 +4,8 @@
     K = mean over images i, deep l of [ MSE(m_l^i, mu_l^y + u1) + MSE(v_l^i, s_l^y + u2) ],      y the class asked for
     u1 ~ U(-mean_noise, mean_noise), u2 ~ U(-variance_noise, variance_noise), anew for each image, layer, channel
 
-m_l^i, v_l^i are the statistics of image i alone, BNS is the batch's (as in GDFQ). The centroids mu_l^c, s_l^c are those of
+m_l^i, v_l^i are the statistics of image i alone, BNS is the batch's (`gdfq`'s, relative or absolute). K is absolute.
+The centroids mu_l^c, s_l^c are those of
 images that the generator makes of class c and the teacher takes for c: set when the first such image comes, from
 `centroid_start` of the warm-up on, and moved every `refresh` steps, new = keep * old + (1 - keep) * fresh. A class without a
 centroid yet has no part in K. The noise on the centroid is the diversity that keeps a class from shrinking to a point.

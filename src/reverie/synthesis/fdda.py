@@ -6,6 +6,8 @@
     C = mean over deep l of [ MSE(m_l, M_l^k)                       + MSE(v_l, V_l^k) ]
     D = mean over deep l of [ MSE(m_l, M_l^k + mean_noise * e1)     + MSE(v_l, V_l^k + variance_noise * e2) ],  e ~ N(0, I)
 
+BNS is `gdfq`'s, relative or absolute; C and D are absolute.
+
 M_l^k, V_l^k are the centres of class k: the capsule, made of real images (`_capsule.py`). "Centred" and "distorted" are
 the paper's batch-norm-centralized and batch-norm-distorted losses. e1, e2 are drawn anew each step, layer and channel, so
 E[D] = C + mean_noise^2 + variance_noise^2: the noise is gradient noise of a known size, and the mean gradient of D is
