@@ -253,9 +253,9 @@ def _plan(recipe: Recipe) -> dict[str, float]:
         plan["refine"] = 5.0
     plan |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
     if recipe.distillation.steps:
-        plan["distil"] = 12.0
+        plan["distil"] = 8.0
     if recipe.rounding.learned:
-        plan["round"] = 6.0
+        plan["round"] = 5.0
     if recipe.quantization.bias_correction:
         plan["correct biases"] = 0.5
     if recipe.quantization.batch_norm_adaptation:
