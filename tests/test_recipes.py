@@ -146,7 +146,7 @@ def test_a_capsule_beside_real_images_needs_no_labels_of_them(network, real, tmp
     bare, capsule = replace(real, labels=None), capsule_of(as_teacher(network), real)
     done = run(recipe, network, output=tmp_path / "run", calibration=bare, capsule=capsule)
     assert done.metrics["images"]["source"] == {"fdda": 16, "real": 12}
-    assert done.metrics["distillation"]["images_of_a_step"] == {"fdda": 16, "real": 16}
+    assert done.metrics["distillation"]["images_of_a_step"] == {"fdda": 16, "real": 9}
 
 
 def test_classes_that_the_capsule_does_not_tell_are_named_on_the_terminal_and_in_the_report(mixed):
@@ -474,7 +474,7 @@ def test_the_command_line_goes_from_images_to_a_capsule_to_a_network(capsys, dig
     first, second = tmp_path / "first", tmp_path / "second"
     shown = said(capsys, *command, "--calibration", digits, "--output", first)
     assert "capsule: 1 of 10 classes missing (7)" in shown
-    assert "distillation: 2 steps, each on 8 fdda and 8 real images" in shown
+    assert "distillation: 2 steps, each on 8 fdda and 4 real images" in shown
     assert "capsule.safetensors" in shown[-1] and "network.onnx" in shown[-1]
     own = ["--capsule", first / "capsule.safetensors"]
     shown = said(capsys, *command, *own, "--placement", "literature", "--output", second)
