@@ -49,8 +49,8 @@ from reverie.recovery.clipping import excite
 from reverie.recovery.distillation import distil
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights
-from reverie.stages import student_of
-from reverie.synthesis import Streaming, Teacher, batches
+from reverie.stages import composition, student_of, synthesizes
+from reverie.synthesis import Streaming, Teacher, batches, even_batches
 
 # Steps of a trial: until caches and memory are warm, and those that are timed.
 _WARM_UP, _TIMED = 2, 3
@@ -112,13 +112,11 @@ def check_budget(minutes: float) -> None:
 def learning_steps(recipe: Recipe) -> dict[str, int]:
     """The steps of the stages of `recipe` that learn, by key."""
     found: dict[str, int] = {}
-    # Not every method goes in steps.
-    steps = getattr(recipe.synthesis, "steps", 0)
-    if steps and (recipe.images or recipe.held_out):
-        found["synthesis.steps"] = steps
-    refine_steps = getattr(recipe.synthesis, "refine_steps", 0)
-    if refine_steps and (recipe.images or recipe.held_out):
-        found["synthesis.refine_steps"] = refine_steps
+    for name in ("steps", "refine_steps"):
+        # Not every method goes in steps, or refines.
+        number = getattr(recipe.synthesis, name, 0)
+        if number and synthesizes(recipe):
+            found[f"synthesis.{name}"] = number
     if recipe.clipping.images:
         found["clipping.steps"] = recipe.clipping.steps
     if recipe.distillation.steps:
@@ -170,7 +168,7 @@ def step_costs(recipe: Recipe, teacher: Teacher, real: Images | None, *, progres
         for key in stages:
             costs[key] = trials[key]()
             step()
-    if recipe.distillation.steps and share < 1 and _is_fresh(recipe):
+    if recipe.distillation.steps and "fresh" in composition(recipe, share):
         # The generator goes on training with the student.
         costs["distillation.steps"] += costs["synthesis.steps"]
     return costs
@@ -224,11 +222,6 @@ def _synthesis(recipe: Recipe, teacher: Teacher) -> float:
     return seconds
 
 
-def _is_fresh(recipe: Recipe) -> bool:
-    """Whether the student sees images that a generator makes for it."""
-    return isinstance(recipe.synthesis, Streaming) and recipe.distillation.synthetic != "kept"
-
-
 def _refinement(recipe: Recipe, teacher: Teacher) -> float:
     """A step for each batch of all images, which are taken for equally large."""
     own: Any = recipe.synthesis
@@ -236,9 +229,8 @@ def _refinement(recipe: Recipe, teacher: Teacher) -> float:
     stream = method.stream(teacher, seed=_SEED, checkpoints=Forgetful(), progress=Silent())
     seconds = 0.0
     for count in filter(None, (recipe.images, recipe.held_out)):
-        number = -(-count // method.batch)
-        size = -(-count // number)
-        seconds += number * _timed(teacher.device, partial(stream.sample, size, _SEED, checkpoints=Forgetful()))
+        sizes = even_batches(count, method.batch)
+        seconds += len(sizes) * _timed(teacher.device, partial(stream.sample, max(sizes), _SEED, checkpoints=Forgetful()))
     return seconds
 
 
@@ -252,18 +244,14 @@ def _clipping(recipe: Recipe, teacher: Teacher) -> float:
 
 def _batches(batch: int, *counts: int) -> list[tuple[int, int]]:
     """The sizes of the batches of sets with so many images, and how many batches of each there are."""
-    return list(Counter(size for count in counts for _, size in batches(count, batch)).items())
+    return list(Counter(size for count in counts for size in batches(count, batch)).items())
 
 
 def _distillation(recipe: Recipe, teacher: Teacher, share: float) -> float:
     """A step of the student alone, on as many images as in the run, with known logits where the run knows them."""
     _, student = _student(recipe, teacher)
     settings = replace(recipe.distillation, steps=_long_enough(recipe.distillation.steps))
-    synthetic = 0 if _is_fresh(recipe) and settings.synthetic == "fresh" else settings.batch
-    if _is_fresh(recipe) and isinstance(recipe.synthesis, Streaming):
-        synthetic += recipe.synthesis.batch
-    count = settings.batch if share == 1 else synthetic + round(synthetic * share / (1 - share))
-    source: Source = _Noise(teacher, count)
+    source: Source = _Noise(teacher, sum(composition(recipe, share).values()))
     crops = [area for area, part in ((settings.smallest_crop, 1 - share), (settings.smallest_real_crop, share)) if part]
     if min(crops) < 1:
         source = Augmented(source, Augmentation(min(crops), settings.flip), seed=_SEED.at("crops"))

@@ -6,7 +6,6 @@ Each stage is a function of what came before; what takes long keeps checkpoints,
 where a killed run stopped and ends with the same bytes.
 """
 
-import hashlib
 import json
 import resource
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from reverie.budget import Schedule, check_budget, fit
+from reverie.budget import Schedule, fit
 from reverie.checkpoints import Folder
 from reverie.errors import ConfigError
 from reverie.export._packed import write_packed
@@ -39,12 +38,11 @@ from reverie.recovery.reconstruction import round_weights
 from reverie.report import gallery
 from reverie.report.metrics import collect
 from reverie.report.render import render
+from reverie.request import capsule_digest, check, identity, images_digest
 from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
 from reverie.stages import (
     as_teacher,
-    check_device,
     method_name,
-    reads_capsule,
     share_weights,
     source_of,
     student_of,
@@ -52,7 +50,7 @@ from reverie.stages import (
     synthesizes,
     with_capsule,
 )
-from reverie.synthesis import Streaming, Teacher, lacks_batch_norm, lacks_capsule
+from reverie.synthesis import Streaming, Teacher
 from reverie.synthesis._capsule import Capsule, save_capsule
 
 _IMAGE_SETS = ("images", "held-out")
@@ -109,7 +107,7 @@ def run(
     progress = Silent() if progress is None else progress
     check(recipe, network, calibrated=calibration is not None, capsule=capsule is not None, device=device, budget=budget)
     sets = {"calibration": calibration, "evaluation": evaluation, "unlabelled": unlabelled}
-    given = {name: _digest(part) for name, part in sets.items()} | {"capsule": _capsule_digest(capsule)}
+    given = {name: images_digest(part) for name, part in sets.items()} | {"capsule": capsule_digest(capsule)}
     given["budget"] = "none" if budget is None else f"{budget:g} min"
     bits = recipe.quantization
     folder = Path(output or default_output(network.name, bits.weight_bits, bits.activation_bits))
@@ -194,7 +192,7 @@ def run_synthesis(
     if recipe.images == 0:
         raise ConfigError("images must be at least 1, got 0")
     check(recipe, network, calibrated=calibration is not None, capsule=capsule is not None, device=device)
-    given = {"only": "images", "calibration": _digest(calibration), "capsule": _capsule_digest(capsule)}
+    given = {"only": "images", "calibration": images_digest(calibration), "capsule": capsule_digest(capsule)}
     with _working_in(Path(output), recipe, network, device, given) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
@@ -261,51 +259,6 @@ def _plan(recipe: Recipe) -> dict[str, float]:
     if recipe.quantization.batch_norm_adaptation:
         plan["adapt batch norms"] = 0.5
     return plan | {"evaluate": 2.0}
-
-
-def identity(recipe: Recipe, network: Network) -> dict[str, str]:
-    """What, besides the user's images, tells one run from another."""
-    contract = hashlib.sha256(repr((network.input, network.classes)).encode()).hexdigest()[:16]
-    return {"recipe": recipe.fingerprint, "network": network.fingerprint, "input": contract}
-
-
-def check(
-    recipe: Recipe,
-    network: Network,
-    *,
-    calibrated: bool,
-    device: str,
-    capsule: bool = False,
-    budget: float | None = None,
-) -> None:
-    """Refuses, before anything expensive, what is bound to fail later.
-
-    Args:
-        calibrated, capsule: Whether there are real images, and a capsule.
-        budget: Minutes, if there is one.
-    """
-    check_device(device)
-    if budget is not None:
-        check_budget(budget)
-    if recipe.images == 0 and not calibrated:
-        raise ConfigError("images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some")
-    if recipe.quantization.placement == "literature" and recipe.export is not None:
-        raise ConfigError(
-            "the literature placement must not be exported, got export = "
-            f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
-        )
-    if reads_capsule(recipe) and not (calibrated or capsule):
-        raise lacks_capsule(network.name, method_name(recipe))
-    if capsule and not recipe.synthesis.needs_capsule:
-        raise ConfigError(f"{method_name(recipe)} reads no capsule, got one; leave it out, or use --recipe fdda")
-    if recipe.distillation.steps and recipe.distillation.synthetic != "kept" and not isinstance(recipe.synthesis, Streaming):
-        raise ConfigError(
-            f"distillation.synthetic must be 'kept' with {method_name(recipe)}, which has no generator, got "
-            f"{recipe.distillation.synthetic!r}; leave it out, or use --recipe gdfq"
-        )
-    # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
-    if synthesizes(recipe) and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
-        raise lacks_batch_norm(network.name, method_name(recipe))
 
 
 def write_images(images: Images, teacher: Teacher, path: Path, *, limit: int | None) -> None:
@@ -399,25 +352,6 @@ def _cost(directory: RunDirectory, device: str) -> dict[str, Any]:
     # The two sets of images are parts of the stage that makes them.
     stages = {name: facts["seconds"] for name, facts in directory.record["stages"].items() if name not in _IMAGE_SETS}
     return {"seconds": stages, "peak_memory_bytes": peak_memory(device)}
-
-
-def _digest(images: Images | None) -> str:
-    """What tells two sets of images apart, labels included."""
-    if images is None:
-        return "none"
-    digest = hashlib.sha256(images.inputs.contiguous().numpy().data)
-    if images.labels is not None:
-        digest.update(images.labels.contiguous().numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _capsule_digest(capsule: Capsule | None) -> str:
-    if capsule is None:
-        return "none"
-    digest = hashlib.sha256(capsule.fingerprint.encode())
-    for part in (capsule.count, capsule.correct, *capsule.mean, *capsule.variance):
-        digest.update(part.contiguous().numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def peak_memory(device: str) -> int:

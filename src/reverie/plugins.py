@@ -27,3 +27,8 @@ def load(package: ModuleType, name: str) -> Any:
     if name not in names(package):
         raise unknown(f"{package.__name__.rpartition('.')[2]} method", name, names(package))
     return importlib.import_module(f"{package.__name__}.{name}").METHOD
+
+
+def name_of(method: object) -> str:
+    """The name of the method that `method` is: its file's."""
+    return type(method).__module__.rpartition(".")[2]

@@ -262,7 +262,7 @@ def tables(recipe: Recipe) -> dict[str, Any]:
         if value is None:
             found[item.name] = {"method": "none"}
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            method = {"method": type(value).__module__.rpartition(".")[2]} if item.name in _PACKAGES else {}
+            method = {"method": plugins.name_of(value)} if item.name in _PACKAGES else {}
             found[item.name] = method | dataclasses.asdict(value)
         else:
             found[item.name] = value

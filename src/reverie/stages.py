@@ -21,6 +21,7 @@ from reverie.images import Images
 from reverie.images.augment import Augmentation
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
 from reverie.models import Network
+from reverie.plugins import name_of
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.recipe import Quantization, Recipe
@@ -53,7 +54,7 @@ def synthesizes(recipe: Recipe) -> bool:
 
 def method_name(recipe: Recipe) -> str:
     """The name of the recipe's synthesis method."""
-    return type(recipe.synthesis).__module__.rpartition(".")[2]
+    return name_of(recipe.synthesis)
 
 
 def reads_capsule(recipe: Recipe) -> bool:
@@ -128,12 +129,29 @@ def share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:
     return torch.cat([torch.full((len(part),), each / len(part)) for part, each in zip(images.values(), shares, strict=True)])
 
 
+def composition(recipe: Recipe, share: float) -> dict[str, int]:
+    """How many images of which kind a step of the student sees, where `share` of them are real.
+
+    "fresh" ones come from a generator that goes on training, "kept" and "real" ones from sets that are given.
+    """
+    settings, method = recipe.distillation, recipe.synthesis
+    if share == 1:
+        return {"real": settings.batch}
+    sizes: dict[str, int] = {}
+    if isinstance(method, Streaming) and settings.synthetic != "kept":
+        sizes["fresh"] = method.batch
+    if not sizes or settings.synthetic == "both":
+        sizes["kept"] = settings.batch
+    real = round(sum(sizes.values()) * share / (1 - share))
+    return sizes | ({"real": real} if real else {})
+
+
 def source_of(
     recipe: Recipe, teacher: Teacher, images: dict[str, Images], folder: Path, progress: Progress
 ) -> tuple[Source, dict[str, int]]:
     """Where distillation gets its batches from, and how many images of which kind each holds."""
     settings, method, name = recipe.distillation, recipe.synthesis, method_name(recipe)
-    share = recipe.share_of_real(*(len(images.get(part, ())) for part in (name, "real")))
+    sizes = composition(recipe, recipe.share_of_real(*(len(images.get(part, ())) for part in (name, "real"))))
     seed = Seed(recipe.seed, ("distillation",))
     crops = Augmentation(settings.smallest_crop, settings.flip) if settings.smallest_crop < 1 else None
     real_crops = Augmentation(settings.smallest_real_crop, settings.flip) if settings.smallest_real_crop < 1 else None
@@ -145,17 +163,14 @@ def source_of(
             images[kind], count, seed=place, device=teacher.device, augmentation=augmentation, teacher=teacher.graph
         )
 
-    if share == 1:
-        return drawn("real", settings.batch, real_crops), {"real": settings.batch}
-    parts: list[tuple[str, Source, int]] = []
-    if isinstance(method, Streaming) and settings.synthetic != "kept":
-        fresh: Source = stream_of(recipe, method, teacher, folder, progress)
+    parts: dict[str, Source] = {}
+    if isinstance(method, Streaming) and "fresh" in sizes:
+        parts["fresh"] = stream_of(recipe, method, teacher, folder, progress)
         if crops is not None:
-            fresh = Augmented(fresh, crops, seed=seed.at("crops"), teacher=teacher.graph)
-        parts.append((f"fresh {name}", fresh, method.batch))
-    if not parts or settings.synthetic == "both":
-        parts.append((name, drawn(name, settings.batch, crops), settings.batch))
-    count = round(sum(size for *_, size in parts) * share / (1 - share))
-    if count:
-        parts.append(("real", drawn("real", count, real_crops), count))
-    return reduce(Mixed, (source for _, source, _ in parts)), {kind: size for kind, _, size in parts}
+            parts["fresh"] = Augmented(parts["fresh"], crops, seed=seed.at("crops"), teacher=teacher.graph)
+    if "kept" in sizes:
+        parts["kept"] = drawn(name, sizes["kept"], crops)
+    if "real" in sizes:
+        parts["real"] = drawn("real", sizes["real"], real_crops)
+    told = {"fresh": f"fresh {name}", "kept": name, "real": "real"}
+    return reduce(Mixed, parts.values()), {told[kind]: size for kind, size in sizes.items()}

@@ -97,12 +97,12 @@ def quantize(
     check_output(folder)
     loaded = options.load(network)
     # Takes half a second to import, which no wrong recipe or network should wait for.
-    from reverie import pipeline, stages
+    from reverie import pipeline, request, stages
     from reverie.synthesis._capsule import load_capsule
 
     given = {"calibrated": calibration is not None, "capsule": capsule is not None}
-    pipeline.check(resolved, loaded, device=device, budget=budget, **given)
-    check_output(folder, pipeline.identity(resolved, loaded))
+    request.check(resolved, loaded, device=device, budget=budget, **given)
+    check_output(folder, request.identity(resolved, loaded))
     centres = None if capsule is None else load_capsule(capsule)
     labels = stages.reads_capsule(resolved) and capsule is None
     real = None if calibration is None else _read(calibration, loaded, require_labels=labels, option="--calibration")

@@ -51,12 +51,12 @@ def synthesize(
     check_output(output)
     loaded = options.load(network)
     # Takes half a second to import, which no wrong recipe or network should wait for.
-    from reverie import pipeline, stages
+    from reverie import pipeline, request, stages
     from reverie.images.folder import read_folder
     from reverie.report import outcome
     from reverie.synthesis._capsule import load_capsule
 
-    pipeline.check(resolved, loaded, calibrated=calibration is not None, capsule=capsule is not None, device=device)
+    request.check(resolved, loaded, calibrated=calibration is not None, capsule=capsule is not None, device=device)
     centres = None if capsule is None else load_capsule(capsule)
     real = None
     if calibration is not None:

@@ -101,7 +101,7 @@ def excite(
 
     return in_batches(
         make,
-        [size for _, size in batches(settings.images, settings.batch)],
+        batches(settings.images, settings.batch),
         steps=settings.steps,
         checkpoints=checkpoints,
         progress=progress,

@@ -5,7 +5,6 @@ the network for (if it asked for a class) and whose `sources` carry its name. It
 weights, buffers and modes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -118,7 +117,12 @@ def lacks_capsule(network: str, method: str) -> ConfigError:
     )
 
 
-def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """(number, images) of each batch: all of `size` but the last."""
-    for number, start in enumerate(range(0, count, size)):
-        yield number, min(size, count - start)
+def batches(count: int, size: int) -> list[int]:
+    """How many of `count` images each batch holds: all `size` but the last."""
+    return [min(size, count - start) for start in range(0, count, size)]
+
+
+def even_batches(count: int, size: int) -> list[int]:
+    """How many of `count` images each batch holds, at most `size`: as even as can be, so they differ by one at most."""
+    number = -(-count // size)
+    return [count // number + (place < count % number) for place in range(number)]

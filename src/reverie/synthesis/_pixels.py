@@ -8,6 +8,7 @@ A method is a frozen dataclass derived from `PixelMethod` whose `alignment` is i
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,6 +22,7 @@ from reverie.checkpoints import Checkpoints
 from reverie.errors import DivergenceError, check_range
 from reverie.graph.batch_norm import Level, Observed, Statistics
 from reverie.images import Images
+from reverie.plugins import name_of
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, batches, lacks_batch_norm
@@ -30,7 +32,7 @@ Alignment = Callable[[Tensor, Statistics], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelMethod:
+class PixelMethod(ABC):
     """Gradient descent on pixels, batch by batch.
 
     Args:
@@ -65,10 +67,11 @@ class PixelMethod:
             variation_weight=(0, math.inf),
         )
 
+    @abstractmethod
     def statistics_level(self) -> Level:
         """Whose statistics the loss reads: the batch's or each sample's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def alignment(
         self, teacher: Teacher, observed: Observed, noise: Tensor, offset: int, generator: torch.Generator
     ) -> Alignment:
@@ -79,17 +82,16 @@ class PixelMethod:
             offset: Images made before this batch.
             generator: What the loss draws from, if it draws.
         """
-        raise NotImplementedError
 
     def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
         """`count` images, batch by batch; each finished batch is a checkpoint."""
-        name = type(self).__module__.rpartition(".")[2]
+        name = name_of(self)
         if not teacher.batch_norms:
             raise lacks_batch_norm(teacher.name, name)
         observed = Observed(teacher.graph, self.statistics_level())
         made = in_batches(
             lambda number, size, step: self._batch(teacher, observed, number * self.batch, size, seed.at(number), step),
-            [size for _, size in batches(count, self.batch)],
+            batches(count, self.batch),
             steps=self.steps,
             checkpoints=checkpoints,
             progress=progress,

@@ -15,13 +15,13 @@ are too much alike; fifty steps on the pixels undo that (docs/log.md).
 Refinement asks for the class and the statistics alone. What pulls images of a class together (ClusterQ's centroids, FDDA's
 centres) has formed the generator; on pixels it takes the spread from them that the student needs.
 
-A method is a frozen dataclass derived from `GeneratorMethod`, and a class derived from `GeneratorStream` whose `terms` are its loss.
-See `gdfq.py`, the smallest.
+A method is a frozen dataclass derived from `GeneratorMethod`; where its loss is more than what all have in common, its `stream_type`
+is a class derived from `GeneratorStream`. See `gdfq.py`, which needs none, and `dsg_generator.py`.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -35,9 +35,10 @@ from reverie.errors import ConfigError, check_range
 from reverie.graph.batch_norm import Level, Observed, Statistics
 from reverie.images import Images
 from reverie.images.source import Batch
+from reverie.plugins import name_of
 from reverie.progress import Progress
 from reverie.randomness import Seed
-from reverie.synthesis import Teacher, lacks_batch_norm
+from reverie.synthesis import Teacher, even_batches, lacks_batch_norm
 from reverie.synthesis._generator import CONDITIONINGS, Conditioning, Generator
 from reverie.synthesis._losses import matching_loss, pooled, running, statistics_distance
 from reverie.synthesis._pixels import descend, in_batches
@@ -49,7 +50,7 @@ _LARGE = 10_000_000
 
 
 class GeneratorStream(nn.Module):
-    """A generator, its optimizer and its teacher; a subclass says by what loss it learns.
+    """A generator, its optimizer and its teacher; it learns by `common_terms` unless a subclass says by what else.
 
     Args:
         settings: The method.
@@ -60,7 +61,7 @@ class GeneratorStream(nn.Module):
 
     def __init__(self, settings: "GeneratorMethod", teacher: Teacher, seed: Seed) -> None:
         super().__init__()
-        self.name = type(settings).__module__.rpartition(".")[2]
+        self.name = name_of(settings)
         self.input = teacher.input
         self.settings, self.seed, self.classes = settings, seed, teacher.classes
         self.norms, self.device = teacher.batch_norms, teacher.device
@@ -137,13 +138,23 @@ class GeneratorStream(nn.Module):
 
     def sample(self, count: int, seed: Seed, *, checkpoints: Checkpoints, progress: Progress) -> Images:
         """`count` images by the generator as it is now, classes in turn, refined; each refined batch is a checkpoint."""
-        images, settings = self._generated(count, seed), self.settings
-        if not settings.refine_steps:
-            return images
-        assert images.labels is not None
-        inputs, labels = images.inputs, images.labels
-        # As even as can be, since the loss reads a batch's statistics: sizes differ by one at most.
-        parts = torch.arange(count).tensor_split(-(-count // settings.batch))
+        inputs, labels = self._generated(count, seed)
+        if self.settings.refine_steps:
+            inputs = self._refined(inputs, labels, seed, checkpoints, progress)
+        return Images(inputs=inputs, labels=labels, sources=(self.name,) * count)
+
+    def _refined(
+        self,
+        inputs: Float[Tensor, "count *shape"],
+        labels: Int[Tensor, " count"],
+        seed: Seed,
+        checkpoints: Checkpoints,
+        progress: Progress,
+    ) -> Float[Tensor, "count *shape"]:
+        settings = self.settings
+        # As even as can be, since the loss reads a batch's statistics.
+        sizes = even_batches(len(inputs), settings.batch)
+        parts = torch.split(torch.arange(len(inputs)), sizes)
 
         def refine(number: int, size: int, step: Callable[..., None]) -> dict[str, Tensor]:
             chosen, random = parts[number], seed.at("refine", number).generator()
@@ -167,17 +178,17 @@ class GeneratorStream(nn.Module):
 
         refined = in_batches(
             refine,
-            [len(part) for part in parts],
+            sizes,
             steps=settings.refine_steps,
             checkpoints=checkpoints,
             progress=progress,
             stage="refine",
             part_name="refined",
         )
-        return replace(images, inputs=refined["inputs"])
+        return refined["inputs"]
 
     @torch.no_grad()
-    def _generated(self, count: int, seed: Seed) -> Images:
+    def _generated(self, count: int, seed: Seed) -> tuple[Float[Tensor, "count *shape"], Int[Tensor, " count"]]:
         size = self.settings.batch
         # Fewer images than classes: evenly from all of them.
         parts, labels = [], torch.arange(count) * max(self.classes // max(count, 1), 1) % self.classes
@@ -191,8 +202,7 @@ class GeneratorStream(nn.Module):
         self.generator.load_state_dict(kept)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
-        inputs = torch.cat(parts)[place[:count]]
-        return Images(inputs=inputs, labels=labels, sources=(self.name,) * count)
+        return torch.cat(parts)[place[:count]], labels
 
     def state(self) -> dict[str, Tensor]:
         """A copy of everything that decides the batches to come."""
@@ -246,7 +256,7 @@ class GeneratorMethod:
 
     needs_batch_norm: ClassVar[bool] = True
     needs_capsule: ClassVar[bool] = False
-    stream_type: ClassVar[type[GeneratorStream]]
+    stream_type: ClassVar[type[GeneratorStream]] = GeneratorStream
 
     def __post_init__(self) -> None:
         check_range(
@@ -267,7 +277,7 @@ class GeneratorMethod:
 
     def stream(self, teacher: Teacher, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> GeneratorStream:
         """The generator after its warm-up, ready to be drawn from; what a checkpoint holds of it is not trained again."""
-        name = type(self).__module__.rpartition(".")[2]
+        name = name_of(self)
         if not teacher.batch_norms:
             raise lacks_batch_norm(teacher.name, name)
         stream = self.stream_type(self, teacher, seed)

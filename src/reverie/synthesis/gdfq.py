@@ -11,20 +11,13 @@ width 128. The student's side (KL at temperature 20, cross-entropy) is `recovery
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
-
-
-class GdfqStream(GeneratorStream):
-    """GDFQ's loss is what all methods of its family have in common."""
+from reverie.synthesis._stream import GeneratorMethod
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gdfq(GeneratorMethod):
-    """A class-conditional generator trained by cross-entropy and batch-norm statistics."""
-
-    stream_type: ClassVar[type[GeneratorStream]] = GdfqStream
+    """A class-conditional generator trained by what its whole family has in common: cross-entropy and batch-norm statistics."""
 
 
 METHOD = Gdfq

@@ -1,0 +1,81 @@
+"""A request to quantize or to synthesize: what is refused early, and what tells one from another.
+
+Not here: what only the captured graph can tell, which the stages themselves refuse.
+"""
+
+import hashlib
+
+from reverie.budget import check_budget
+from reverie.errors import ConfigError
+from reverie.images import Images
+from reverie.models import Network
+from reverie.recipe import Recipe
+from reverie.stages import check_device, composition, method_name, reads_capsule, synthesizes
+from reverie.synthesis import lacks_batch_norm, lacks_capsule
+from reverie.synthesis._capsule import Capsule
+
+
+def check(
+    recipe: Recipe,
+    network: Network,
+    *,
+    calibrated: bool,
+    device: str,
+    capsule: bool = False,
+    budget: float | None = None,
+) -> None:
+    """Refuses, before anything expensive, what is bound to fail later.
+
+    Args:
+        calibrated, capsule: Whether there are real images, and a capsule.
+        budget: Minutes, if there is one.
+    """
+    check_device(device)
+    if budget is not None:
+        check_budget(budget)
+    if recipe.images == 0 and not calibrated:
+        raise ConfigError("images must be at least 1 without --calibration, got 0; give a folder of images or synthesize some")
+    if recipe.quantization.placement == "literature" and recipe.export is not None:
+        raise ConfigError(
+            "the literature placement must not be exported, got export = "
+            f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
+        )
+    if reads_capsule(recipe) and not (calibrated or capsule):
+        raise lacks_capsule(network.name, method_name(recipe))
+    if capsule and not recipe.synthesis.needs_capsule:
+        raise ConfigError(f"{method_name(recipe)} reads no capsule, got one; leave it out, or use --recipe fdda")
+    asked = recipe.distillation.synthetic
+    if recipe.distillation.steps and asked != "kept" and "fresh" not in composition(recipe, share=0.0):
+        raise ConfigError(
+            f"distillation.synthetic must be 'kept' with {method_name(recipe)}, which has no generator, got "
+            f"{asked!r}; leave it out, or use --recipe gdfq"
+        )
+    # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
+    if synthesizes(recipe) and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
+        raise lacks_batch_norm(network.name, method_name(recipe))
+
+
+def identity(recipe: Recipe, network: Network) -> dict[str, str]:
+    """What, besides the user's images, tells one run from another."""
+    contract = hashlib.sha256(repr((network.input, network.classes)).encode()).hexdigest()[:16]
+    return {"recipe": recipe.fingerprint, "network": network.fingerprint, "input": contract}
+
+
+def images_digest(images: Images | None) -> str:
+    """What tells two sets of images apart, labels included."""
+    if images is None:
+        return "none"
+    digest = hashlib.sha256(images.inputs.contiguous().numpy().data)
+    if images.labels is not None:
+        digest.update(images.labels.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def capsule_digest(capsule: Capsule | None) -> str:
+    """What tells two capsules apart."""
+    if capsule is None:
+        return "none"
+    digest = hashlib.sha256(capsule.fingerprint.encode())
+    for part in (capsule.count, capsule.correct, *capsule.mean, *capsule.variance):
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
