@@ -13,6 +13,11 @@ from reverie.runs import atomic_write
 class Checkpoints(Protocol):
     """Named parts of a stage's result."""
 
+    @property
+    def folder(self) -> Path | None:
+        """Where large files that a stage needs for a while may go, not made yet; None for where the system puts such."""
+        ...
+
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The part as it was saved; None if it was not."""
         ...
@@ -24,6 +29,8 @@ class Checkpoints(Protocol):
 
 class Forgetful:
     """Keeps nothing: a stage that is used on its own."""
+
+    folder: Path | None = None
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """None."""
@@ -37,6 +44,7 @@ class Folder:
     """One safetensors file a part, each written whole."""
 
     def __init__(self, path: Path) -> None:
+        self.folder: Path | None = path
         self._path = path
 
     def load(self, name: str) -> dict[str, Tensor] | None:

@@ -63,8 +63,8 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
     [
         (
             ["--recipe", "adaruond"],
-            "unknown recipe 'adaruond'; choose one of adaround, clusterq, dsg, dsg_adaround, dsg_generator, fdda, gdfq, noise, "
-            "zeroq, or did you mean 'adaround'?",
+            "unknown recipe 'adaruond'; choose one of adaround, brecq, clusterq, dsg, dsg_adaround, dsg_generator, fdda, gdfq, "
+            "genie_m, noise, qdrop, zeroq, or did you mean 'adaround'?",
         ),
         (
             ["--recipe", "mine.toml"],

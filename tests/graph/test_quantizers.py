@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from reverie.graph.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer, mixed
+from reverie.graph.quantizers import ActivationQuantizer, BiasQuantizer, Dropping, WeightQuantizer
 from reverie.grid import Grid, fake_quantize
 from reverie.observers import weight_qparams
 from reverie.observers.minmax import MinMax
@@ -168,7 +168,7 @@ def test_a_bias_is_put_on_the_grid_of_the_scales_as_they_are_learned():
 def test_so_many_values_pass_unquantized_and_all_are_quantized_once_it_is_settled(share):
     quantizer, x = activation(), normals(100, 100)
     levels = quantizer(x)
-    quantizer.drop(share, torch.Generator().manual_seed(0))
+    quantizer.drop(Dropping(share, torch.Generator().manual_seed(0)))
     first, second = quantizer(x), quantizer(x)
     assert bool(((first == x) | (first == levels)).all())
     assert (first == x).float().mean().item() == pytest.approx(share, abs=0.02)
@@ -179,8 +179,51 @@ def test_so_many_values_pass_unquantized_and_all_are_quantized_once_it_is_settle
 
 def test_the_gradient_goes_where_each_value_came_from():
     first, second = (normals(6, 7, seed=seed).requires_grad_() for seed in (0, 1))
-    out = mixed(first, second, 0.5, torch.Generator().manual_seed(0))
+    out = Dropping(0.5, torch.Generator().manual_seed(0)).mix(first, second)
     out.sum().backward()
     taken = out == first
     assert torch.equal(first.grad, taken.float())
     assert torch.equal(second.grad, 1 - taken.float())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_with_values_dropped_are_those_of_the_written_out_mixture(layout):
+    def answer(written_out):
+        quantizer, x = activation(), normals(4, 3, 5, 6).contiguous(memory_format=layout).requires_grad_()
+        gain = quantizer.learn_scale()
+        if written_out:
+            keep = Dropping(0.5, torch.Generator().manual_seed(1)).keep(x)
+            out = x * (1 - keep) + quantizer(x) * keep
+        else:
+            quantizer.drop(Dropping(0.5, torch.Generator().manual_seed(1)))
+            out = quantizer(x)
+        (out * normals(4, 3, 5, 6, seed=2)).sum().backward()
+        return out.detach(), x.grad, gain.grad
+
+    for ours, theirs in zip(answer(False), answer(True), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_dropped_differs_from_call_to_call_and_lies_in_memory_as_the_values_do():
+    dropping, values = (
+        Dropping(0.3, torch.Generator().manual_seed(0)),
+        normals(8, 4, 16, 16).contiguous(memory_format=torch.channels_last),
+    )
+    first, second = dropping.keep(values), dropping.keep(values)
+    assert first.stride() == values.stride()
+    # Independent draws agree where both keep (0.49) or both drop (0.09).
+    assert (first == second).float().mean().item() == pytest.approx(0.58, abs=0.02)
+    assert first.mean().item() == pytest.approx(0.7, abs=0.02)
+
+
+def test_the_scale_of_codes_and_of_a_rounder_is_learned_with_them():
+    weight = normals(4, 3, 2, 2)
+    quantizer = weight_quantizer(weight)
+    gain = quantizer.learn_scale()
+    with torch.no_grad():
+        gain.fill_(0.1)
+    quantizer.set_codes(quantizer.final_codes(weight).float())
+    out = quantizer(weight)
+    torch.testing.assert_close(out, quantizer.codes * quantizer.scale * torch.tensor(0.1).exp())
+    out.sum().backward()
+    torch.testing.assert_close(gain.grad, out.detach().sum((1, 2, 3), keepdim=True))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from reverie.graph.cache import Cache, CacheFull
 from reverie.graph.capture import capture
 from reverie.graph.taps import tap
 from reverie.graph.walk import Walk
@@ -77,3 +78,69 @@ def test_tensors_with_more_rows_than_images_keep_their_rows_apart():
     torch.testing.assert_close(walk.value("inner"), tap(graph, ["inner"])(x)["inner"])
     walk.to("add")
     torch.testing.assert_close(walk.value("add"), graph(x))
+
+
+def caches(tmp_path):
+    """Memory, files, and no room anywhere."""
+
+    class None_(Cache):
+        def room(self, rows, like):
+            raise CacheFull
+
+    return {"memory": Cache(), "files": Cache(limit=0, folder=tmp_path), "nowhere": None_()}
+
+
+@pytest.mark.parametrize("kind", ["memory", "files", "nowhere"])
+def test_rows_are_the_same_wherever_tensors_are_held(graph, tmp_path, kind):
+    x, picked = torch.randn(7, 3), torch.tensor([6, 0, 3, 3])
+    names = ["_1_relu", "_4"]
+    whole = tap(graph, names)(x)
+    walk = Walk(graph, x, batch=3, keep=names, cache=caches(tmp_path)[kind])
+    walk.to("_1_relu")
+    torch.testing.assert_close(walk.rows(["_1_relu"], picked), [whole["_1_relu"][picked]])
+    walk.to("_4")
+    torch.testing.assert_close(walk.rows(names, picked), [whole[name][picked] for name in names])
+    assert walk.count("_4") == 7
+
+
+@pytest.mark.parametrize("kind", ["memory", "nowhere"])
+def test_rows_of_windows_are_counted_in_windows(tmp_path, kind):
+    graph, x = capture(Windows(), (8,)), torch.randn(5, 8)
+    walk = Walk(graph, x, batch=2, keep=["inner"], cache=caches(tmp_path)[kind])
+    walk.to("inner")
+    assert walk.count("inner") == 10
+    picked = torch.tensor([9, 2, 3])
+    torch.testing.assert_close(walk.rows(["inner"], picked), [tap(graph, ["inner"])(x)["inner"][picked]])
+
+
+def test_what_lies_between_two_stops_is_never_held_for_all_images(graph):
+    held = []
+
+    class Counting(Cache):
+        def room(self, rows, like):
+            held.append(rows)
+            return super().room(rows, like)
+
+    cache = Counting()
+    walk = Walk(graph, torch.randn(9, 3), batch=3, keep=["_3_relu"], cache=cache)
+    walk.to("_3_relu")
+    # Neither `_0`, `_1_relu` nor `_2`.
+    assert held == [9]
+    walk.release("_3_relu")
+    # `_4` reads it still.
+    assert cache.used == 9 * 4 * 4
+    walk.to("_4")
+    assert cache.used == 9 * 2 * 4
+
+
+def test_a_tensor_whose_rows_come_to_depend_on_the_batch_is_held_in_pieces():
+    class Whole(nn.Module):
+        def forward(self, x):
+            # As many rows as the first batches have images, whatever the last one has.
+            return (x.sum() + torch.zeros(3, 2)) * 2
+
+    graph, x = capture(Whole(), (2,)), torch.randn(7, 2)
+    name = graph.graph.output_node().args[0].name
+    walk = Walk(graph, x, batch=3, keep=[name])
+    walk.to(name)
+    torch.testing.assert_close(walk.value(name), torch.cat([graph(part) for part in torch.split(x, 3)]))

@@ -1,11 +1,13 @@
 """Calibration, learned rounding and bias correction win accuracy back, and do it the same way every time."""
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
 
 from reverie.checkpoints import Folder, Forgetful
+from reverie.errors import ConfigError, ModelError
 from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import place
@@ -16,6 +18,7 @@ from reverie.observers.mse import Mse
 from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.recovery.bias_correction import activations_in_float, correct_biases
+from reverie.recovery.border import check_isolated
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights, keep_biases_in_range
 from reverie.recovery.reconstruction import Reconstruction, round_weights
 from reverie.rounding.adaround import AdaRound
@@ -349,3 +352,154 @@ def test_the_loop_is_what_is_written_out_here(weights):
         (distance + rounder.penalty(iteration / 60)).backward()
         optimizer.step()
     assert torch.equal(ours.weights[name].codes, rounder.harden())
+
+
+@pytest.mark.parametrize("cache_gib", [4.0, 0.0], ids=["memory", "files"])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_codes_do_not_depend_on_where_tensors_are_held(reference, inputs, tmp_path, drop, cache_gib):
+    students = [calibrated(reference, inputs) for _ in range(2)]
+    for student, gib in zip(students, (4.0, cache_gib), strict=True):
+        settings = {"unit": "block", "drop": drop, "fisher": True, "iterations": 20, "cache_gib": gib}
+        rounded(student, reference, inputs, AdaRound(), checkpoints=Folder(tmp_path / str(gib)), **settings)
+    for name in students[0].weights:
+        assert torch.equal(students[0].weights[name].codes, students[1].weights[name].codes)
+
+
+def test_without_room_for_what_units_read_it_is_computed_anew_and_said(reference, inputs, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    class Telling(Silent):
+        def say(self, text):
+            told.append(text)
+
+    told, codes = [], []
+    for number, gib in enumerate((4.0, 0.0)):
+        if number:
+            monkeypatch.setattr("os.posix_fallocate", full)
+        student = calibrated(reference, inputs)
+        settings = Reconstruction(unit="block", drop=0.5, fisher=True, iterations=30, batch=16, cache_gib=gib)
+        round_weights(
+            reference, student, inputs, AdaRound(), settings, seed=Seed(0), checkpoints=Folder(tmp_path), progress=Telling()
+        )
+        codes.append(torch.cat([quantizer.codes.flatten() for quantizer in student.weights.values()]))
+        shutil.rmtree(tmp_path)
+    assert len(told) == 1
+    assert told[0].startswith(f"cache: {tmp_path} must have room for ")
+    # Sums of another order, nothing else.
+    assert (codes[0] != codes[1]).float().mean() < 0.01
+
+
+def test_a_unit_ends_early_with_the_best_state_it_had(reference, inputs):
+    class Counting(Silent):
+        def advance(self, amount=1, note="", *, skipped=False):
+            steps.append((amount, skipped))
+
+    steps, errors = [], {}
+    for patience in (0, 1):
+        student = calibrated(reference, inputs)
+        # So large a rate undoes what the first tenths found.
+        settings = Reconstruction(unit="block", iterations=200, batch=16, learning_rate=3.0, patience=patience)
+        steps.clear()
+        round_weights(
+            reference, student, inputs, AdaRound(), settings, seed=Seed(0), checkpoints=Forgetful(), progress=Counting()
+        )
+        errors[patience] = output_error(finish(student), reference, inputs)
+        done = sum(amount for amount, skipped in steps if not skipped)
+        units = len(find_units(reference, "block"))
+        assert sum(amount for amount, _ in steps) == 200 * units
+        assert done == 200 * units if patience == 0 else done < 180 * units
+    assert errors[1] < errors[0]
+
+
+def test_what_is_held_out_is_not_learned_from(reference, inputs):
+    def codes(images):
+        student = calibrated(reference, inputs)
+        rounded(student, reference, images, AdaRound(), patience=10, iterations=12)
+        return torch.cat([quantizer.codes.flatten() for quantizer in student.weights.values()])
+
+    held_out = torch.arange(len(inputs)) % 8 == 7
+    # With ten tenths of patience nothing ends early, but the best state is chosen by the images held out; alike ones choose alike.
+    shuffled = inputs.clone()
+    shuffled[held_out] = inputs[held_out].flip(0)
+    assert torch.equal(codes(inputs), codes(shuffled))
+    elsewhere = inputs.clone()
+    elsewhere[~held_out] = inputs[~held_out].flip(0) * 2
+    assert not torch.equal(codes(inputs), codes(elsewhere))
+
+
+def test_learned_steps_of_weights_lower_the_error(reference, inputs):
+    def error(**settings):
+        student = calibrated(reference, inputs, bits=2)
+        before = {name: quantizer.scale.clone() for name, quantizer in student.weights.items()}
+        rounded(student, reference, inputs, AdaRound(), unit="block", **settings)
+        moved = {name for name, quantizer in student.weights.items() if not torch.equal(quantizer.scale, before[name])}
+        return output_error(finish(student), reference, inputs), moved
+
+    (fixed, unmoved), (learned, moved) = error(), error(learned_steps=True, step_rate=1e-2)
+    assert learned < 0.9 * fixed
+    assert not unmoved
+    assert moved == set(calibrated(reference, inputs).layers)
+
+
+def test_weights_first_rounds_as_if_activations_were_in_float_and_then_learns_ranges(reference, inputs):
+    def result(**settings):
+        student = place(reference, "integer", weight_bits=3, activation_bits=3, end_bits=8)
+        calibrate_activations(reference, student, inputs, MinMax(), batch=32, progress=Silent())
+        calibrate_weights(student, Mse())
+        before = {name: quantizer.scale.clone() for name, quantizer in student.activations.items()}
+        rounded(student, reference, inputs, AdaRound(), unit="block", iterations=60, **settings)
+        codes = torch.cat([quantizer.codes.flatten() for quantizer in student.weights.values()])
+        moved = {name for name, quantizer in student.activations.items() if not torch.equal(quantizer.scale, before[name])}
+        return codes, moved
+
+    settings = {"learned_ranges": True, "range_rate": 1e-2}
+    codes, moved = result(weights_first=True, **settings)
+    assert moved >= {layer.source for layer in calibrated(reference, inputs).layers.values()}
+    # The rate of ranges comes after the codes are decided.
+    assert torch.equal(codes, result(weights_first=True, **(settings | {"range_rate": 1e-3}))[0])
+    assert not torch.equal(codes, result(**settings)[0])
+
+
+def test_a_killed_second_pass_goes_on_to_the_same_scales(reference, inputs, tmp_path):
+    settings = {"unit": "block", "learned_ranges": True, "weights_first": True, "fisher": True, "iterations": 16}
+    whole, resumed = (calibrated(reference, inputs) for _ in range(2))
+    rounded(whole, reference, inputs, AdaRound(), checkpoints=Folder(tmp_path), **settings)
+    for left in sorted(tmp_path.glob("ranges-codes-*"))[1:]:
+        left.unlink()
+    rounded(resumed, reference, inputs, AdaRound(), checkpoints=Folder(tmp_path), **settings)
+    for name in whole.activations:
+        assert torch.equal(whole.activations[name].scale, resumed.activations[name].scale)
+
+
+def test_weights_first_without_learned_ranges_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        Reconstruction(weights_first=True)
+    assert str(caught.value) == (
+        "reconstruction.weights_first must be false without learned_ranges, got true; use --set reconstruction.learned_ranges=true"
+    )
+
+
+class Windowed(torch.nn.Module):
+    """A layer whose rows are windows and that asks for the number of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        windows = self.inner(x.reshape(-1, 4))
+        return windows.reshape(x.shape[0], 8) + x
+
+
+def test_a_unit_that_cannot_be_isolated_is_named_with_the_reason():
+    graph = capture(Windowed(), (8,))
+    units = find_units(graph, "layer")
+    unit = dataclasses.replace(units[0], inputs=("x",), output="inner")
+    student = place(graph, "integer", weight_bits=4, activation_bits=8)
+    with pytest.raises(ModelError) as caught:
+        check_isolated(graph, student.graph, [unit], torch.randn(2, 8))
+    assert str(caught.value) == (
+        "inner: a unit must read and write as many rows, got 2 in x, 4 in inner for 2 images; use --set "
+        "reconstruction.unit=network, or block"
+    )

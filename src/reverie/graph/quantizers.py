@@ -20,7 +20,7 @@ class ActivationQuantizer(nn.Module):
         self.grid = grid
         self.calibrated = False
         self.log_gain: nn.Parameter | None = None
-        self._dropped: tuple[float, torch.Generator] | None = None
+        self._dropping: Dropping | None = None
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
 
@@ -35,14 +35,15 @@ class ActivationQuantizer(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
         return self.log_gain
 
-    def drop(self, share: float, random: torch.Generator) -> None:
-        """From now on this share of the values, drawn anew at each call, passes unquantized; `random` is on their device."""
-        self._dropped = (share, random) if share else None
+    def drop(self, dropping: "Dropping | None") -> "Dropping | None":
+        """From now on some of the values, others at each call, pass unquantized, or (None) none; gives what was set before."""
+        before, self._dropping = self._dropping, dropping
+        return before
 
     @torch.no_grad()
     def settle(self) -> None:
         """The scale is what has been learned, and nothing is dropped any more."""
-        self._dropped = None
+        self._dropping = None
         if self.log_gain is not None:
             self.scale.mul_(self.log_gain.exp())
             self.log_gain = None
@@ -54,23 +55,42 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.calibrated:
             return x
-        levels = fake_quantize(x, self.current_scale(), self.zero_point, self.grid)
-        return levels if self._dropped is None else mixed(x, levels, *self._dropped)
+        keep = None if self._dropping is None else self._dropping.keep(x)
+        return fake_quantize(x, self.current_scale(), self.zero_point, self.grid, keep)
 
 
-def mixed(
-    first: Float[Tensor, "*shape"], second: Float[Tensor, "*shape"], share: float, random: torch.Generator
-) -> Float[Tensor, "*shape"]:
-    """Each value from `first` with probability `share` (to 1/65536), else from `second`."""
-    # Four draws of 16 bits from each random number: on a CPU a tenth of the time of `bernoulli_`. And a mask in floats:
-    # torch.lerp is one pass each way, a boolean mask several.
-    whole = torch.empty(-(-second.numel() // 4), dtype=torch.int64, device=second.device).random_(
-        -(2**63), None, generator=random
-    )
-    drawn = whole.view(torch.int16)[: second.numel()].view(second.shape)
-    # Compared as int32: a share of 1 is beyond what 16 bits hold.
-    keep = (drawn.int() >= round(share * 65536) - 32768).to(second.dtype)
-    return torch.lerp(first, second, keep)
+class Dropping:
+    """Leaves a share of the values unquantized, others at each call (QDrop).
+
+    Args:
+        share: Probability with which a value passes as it is.
+        random: On the CPU.
+    """
+
+    # So many places where a window into the draws may begin.
+    _PLACES = 1 << 16
+
+    def __init__(self, share: float, random: torch.Generator) -> None:
+        self._share, self._random = share, random
+        self._draws = torch.empty(0)
+
+    def keep(self, like: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """1 where a value is quantized, else 0, in the layout of `like`."""
+        # Drawing a million numbers costs as much as quantizing them: a call sees a window, at a random place, of numbers that are
+        # drawn once. And a mask in floats: torch.lerp is one pass each way, a boolean mask several.
+        needed = like.numel() + self._PLACES
+        if len(self._draws) < needed:
+            self._draws = (torch.rand(needed, generator=self._random) >= self._share).to(like)
+        begin = int(torch.randint(self._PLACES, (), generator=self._random))
+        window = self._draws[begin : begin + like.numel()]
+        if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+            rows, channels, height, width = like.shape
+            return window.view(rows, height, width, channels).permute(0, 3, 1, 2)
+        return window.view(like.shape)
+
+    def mix(self, whole: Float[Tensor, "*shape"], quantized: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Each value of `whole` with the probability, else that of `quantized`."""
+        return torch.lerp(whole, quantized, self.keep(quantized))
 
 
 class Rounder(nn.Module):
@@ -158,9 +178,9 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.codes is not None:
-            return dequantize(self.codes, self.scale, self.zero_point)
+            return dequantize(self.codes, self.current_scale(), self.zero_point)
         if self.rounder is not None:
-            return dequantize(self.rounder(), self.scale, self.zero_point)
+            return dequantize(self.rounder(), self.current_scale(), self.zero_point)
         if self._range is not None:
             with torch.no_grad():
                 self.set_qparams(*self._range(weight))

@@ -109,43 +109,55 @@ def dequantize(
 
 
 def fake_quantize(
-    x: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero_point: Int[Tensor, "*#shape"], grid: Grid
+    x: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*#shape"],
+    zero_point: Int[Tensor, "*#shape"],
+    grid: Grid,
+    keep: Float[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """`dequantize(quantize(x))` with gradients for `x` and `scale`; arguments as in `quantize`."""
+    """`dequantize(quantize(x))` with gradients for `x` and `scale`; arguments as in `quantize`.
+
+    Args:
+        keep: 1 where a value is quantized and 0 where it passes as it is; None quantizes all.
+    """
     if not torch.is_grad_enabled() or not (x.requires_grad or scale.requires_grad):
         codes = torch.div(x, scale).round_()
-        return codes.add_(zero_point).clamp_(grid.quant_min, grid.quant_max).sub_(zero_point).mul_(scale)
-    return _FakeQuantize.apply(x, scale, zero_point, grid)  # type: ignore[no-any-return, no-untyped-call]
+        levels = codes.add_(zero_point).clamp_(grid.quant_min, grid.quant_max).sub_(zero_point).mul_(scale)
+        return levels if keep is None else torch.lerp(x, levels, keep)
+    return _FakeQuantize.apply(x, scale, zero_point, grid, keep)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FakeQuantize(torch.autograd.Function):
     # Written for memory traffic: no boolean tensor, whose every use costs several passes over floats.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
         codes = torch.div(x, scale).round_().add_(zero_point)
         levels = torch.clamp(codes, grid.quant_min, grid.quant_max).sub_(zero_point).mul_(scale)
         ctx.grid = grid
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(codes, x, levels, scale)
+            ctx.save_for_backward(codes, keep, x, levels, scale)
         else:
-            ctx.save_for_backward(codes)
-        return levels
+            ctx.save_for_backward(codes, keep)
+        return levels if keep is None else torch.lerp(x, levels, keep)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (gradient,) = gradients
-        codes, *kept = ctx.saved_tensors
+        codes, keep, *kept = ctx.saved_tensors
+        through = gradient if keep is None else gradient * keep
         # Codes are whole numbers, so half a step outside tells the last one inside from the first outside.
-        inside = torch.ops.aten.hardtanh_backward(gradient, codes, ctx.grid.quant_min - 0.5, ctx.grid.quant_max + 0.5)
-        if not kept:
-            return inside, None, None, None
-        x, levels, scale = kept
-        # LSQ: (levels - x) / scale inside, levels / scale outside, summed over what shares a scale.
-        if scale.numel() == 1:
-            for_scale = (_dot(gradient, levels) - _dot(inside, x)).view(scale.shape) / scale
-        else:
-            for_scale = torch.addcmul(gradient * levels, inside, x, value=-1).sum_to_size(scale.shape) / scale
-        return inside, for_scale, None, None
+        inside = torch.ops.aten.hardtanh_backward(through, codes, ctx.grid.quant_min - 0.5, ctx.grid.quant_max + 0.5)
+        for_x = for_scale = None
+        if ctx.needs_input_grad[0]:
+            for_x = inside if keep is None else torch.sub(gradient, through).add_(inside)
+        if kept:
+            x, levels, scale = kept
+            # LSQ: (levels - x) / scale inside, levels / scale outside, summed over what shares a scale.
+            if scale.numel() == 1:
+                for_scale = (_dot(through, levels) - _dot(inside, x)).view(scale.shape) / scale
+            else:
+                for_scale = torch.addcmul(through * levels, inside, x, value=-1).sum_to_size(scale.shape) / scale
+        return for_x, for_scale, None, None, None
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

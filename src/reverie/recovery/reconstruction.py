@@ -1,47 +1,62 @@
 """The one recovery loop: unit by unit, fit the quantized network's output to the full-precision one's.
 
-    minimise over what the rounders learn:  mean over batch, space of sum over channels (student - teacher)^2 + penalty
+    minimise over what is learned:  mean over batch, space of sum over channels w (student - teacher)^2 + penalty
 
 The student's unit reads what the quantized network before it really produces, the teacher's the full-precision values
 (asymmetric reconstruction: 68.37 against 66.56 for ResNet-18 in the paper). Units are taken in execution order, and each
-is hardened before the next. With unit "layer" and `rounding/adaround.py` this is AdaRound (Nagel et al. 2020, section
-3.3; algorithms section 5), its activation function inside the loss. With unit "block" it is BRECQ (Li et al. 2021, section 3.2)
-without its Fisher weights; with `learned_ranges` and `drop` 0.5 as well it is QDrop (Wei et al. 2022, section 3.3), which leaves each
-value unquantized with that probability: both the unit's inputs, which are then the teacher's, and the tensors on grids inside. A
-unit's learned scales are those of the tensors it reads and of those inside; what it writes is on the grid of whoever reads it. A
-scale that something was computed with already (by an earlier unit, or by a pooling between two) stays as it is.
+is hardened before the next. The methods are settings of this loop:
 
-Not here: BRECQ's Fisher weights, early stopping.
+    unit      learned                              more                                      method
+    layer     rounding                                                                       AdaRound (Nagel et al. 2020, section 3.3)
+    block     rounding, then scales of tensors     w from `fisher.py`, tensors in float      BRECQ (Li et al. 2021, section 3.2)
+                                                   while weights are rounded
+    block     rounding and scales of tensors       half of all values unquantized            QDrop (Wei et al. 2022, section 3.3)
+    block     the same and the weights' scales     the same                                  Genie-M (Jeon et al. 2023, section 3.3)
 
-The dials: the unit, the images, the rounding method, and the numbers of `Reconstruction`. AdaRound's paper takes 10,000
-to 20,000 iterations at learning rate 1e-3; ten times the rate reaches the same rounding in a twentieth of them, because a
-logit only has to cross zero.
+(algorithms sections 5 and 9.2). What QDrop leaves unquantized is drawn for each value: for the unit's inputs, which are then the
+teacher's, and for the tensors on grids inside. A unit's learned scales are those of the tensors it reads and of those inside; what it
+writes is on the grid of whoever reads it. A scale that something was computed with already (by an earlier unit, or by a pooling
+between two) stays as it is.
+
+A unit stops early when the error of its hardened state, on every eighth image, which it does not learn from, has stopped
+falling; it ends with the best such state.
+
+The dials: the unit, the images, the rounding method, and the numbers of `Reconstruction`. The papers take 10,000 to 20,000
+iterations at learning rate 1e-3; ten times the rate reaches the same rounding in a twentieth of them, because a logit only
+has to cross zero.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, fx
+from torch.nn import functional
 
 from reverie.checkpoints import Checkpoints
 from reverie.descent import Descent
-from reverie.errors import check_range
+from reverie.errors import ConfigError, check_range
+from reverie.graph.cache import Cache
 from reverie.graph.extract import extract
 from reverie.graph.operators import LINEARS, layers
 from reverie.graph.placement import Student
-from reverie.graph.quantizers import Rounder, mixed
+from reverie.graph.quantizers import Dropping, Rounder
 from reverie.graph.units import Unit, UnitKind, find_units
-from reverie.graph.walk import Walk
 from reverie.progress import Progress
 from reverie.randomness import Seed
+from reverie.recovery.bias_correction import activations_in_float
+from reverie.recovery.border import Borders, all_rows, check_isolated
+from reverie.recovery.fisher import Fisher
 from reverie.recovery.ranges import keep_biases_in_range
 from reverie.rounding import Rounding
 
 # Beside the layers' codes in a checkpoint; no node of a graph is called so.
 _ERRORS = "errors before, after"
+# One image of so many is held out of learning, and so many times its error is looked at.
+_HELD_OUT, _CHECKS = 8, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +65,53 @@ class Reconstruction:
 
     Args:
         unit: "layer", "block" or "network".
-        iterations: Adam steps for each unit.
+        iterations: Adam steps for each unit, at most.
+        patience: A unit ends when its held-out error was not at its lowest for so many tenths of its iterations; 0 means that it
+            never ends early, and learns from all images.
         batch: Images for each step, drawn with replacement.
         learning_rate: Of what the rounding method learns; constant.
+        fisher: Whether errors count by how much the answer depends on them (BRECQ).
         learned_ranges: Whether the scales of activations inside and at the entry of the unit are learned too (LSQ).
+        weights_first: Round all weights with activations in float before any range is learned, in a quarter of the iterations
+            (BRECQ); else together.
         range_rate: Learning rate of those scales at the first step, relative to themselves; it falls to 0 by half a cosine.
+        learned_steps: Whether the scales of weights are learned together with their rounding (Genie-M).
+        step_rate: Learning rate of those, likewise.
         drop: Probability with which a value is left unquantized while the unit learns, drawn anew at each step for the
             unit's inputs (which are then the teacher's) and for every tensor on a grid (QDrop; 0.5 there).
+        cache_gib: What units read and should answer is held in so much memory; more of it goes to a file.
     """
 
     unit: UnitKind = "layer"
     iterations: int = 500
+    patience: int = 0
     batch: int = 32
     learning_rate: float = 1e-2
+    fisher: bool = False
     learned_ranges: bool = False
+    weights_first: bool = False
     range_rate: float = 1e-3
+    learned_steps: bool = False
+    step_rate: float = 1e-3
     drop: float = 0.0
+    cache_gib: float = 4.0
 
     def __post_init__(self) -> None:
         check_range(
             self,
             iterations=(1, math.inf),
+            patience=(0, _CHECKS),
             batch=(1, math.inf),
             learning_rate=(1e-9, math.inf),
             range_rate=(0, math.inf),
+            step_rate=(0, math.inf),
             drop=(0, 1),
+            cache_gib=(0, math.inf),
         )
+        if self.weights_first and not self.learned_ranges:
+            raise ConfigError(
+                "reconstruction.weights_first must be false without learned_ranges, got true; use --set reconstruction.learned_ranges=true"
+            )
 
 
 def round_weights(
@@ -107,105 +143,167 @@ def round_weights(
             rounder = _rounder(student, name, rounding)
             student.weights[name].set_codes(rounder.harden())
         return {}
+    passes = [("", settings, False)]
+    if settings.weights_first:
+        together = replace(settings, weights_first=False)
+        first = replace(together, learned_ranges=False, drop=0.0)
+        later = replace(together, learned_steps=False, iterations=max(settings.iterations // 4, 1))
+        passes = [("", first, True), ("ranges-", later, False)]
     units = find_units(teacher, settings.unit)
-    linear = {node.name for node in layers(teacher) if node.target in LINEARS}
-    walks = _PairedWalk(teacher, student.graph, inputs, units, with_entry=settings.learned_ranges or settings.drop > 0)
-    owned = walks.ranges(student, units) if settings.learned_ranges else {}
+    check_isolated(teacher, student.graph, units, inputs[:2])
+    cache = Cache(int(settings.cache_gib * 2**30), checkpoints.folder, progress.say)
     errors: dict[str, tuple[float, float]] = {}
-    with progress.stage("round", total=settings.iterations * len(units)) as step:
-        for number, unit in enumerate(units):
-            part, ranges = checkpoints.load(f"codes-{number}"), owned.get(unit.name, [])
-            if part is None:
-                before, after = _learn(
-                    student, unit, walks.at(unit), ranges, rounding, settings, linear, weights, seed.at(unit.name), step
-                )
-                part = {name: student.weights[name].final_codes(_weight(student, name)) for name in unit.layers}
-                part |= {f"scale of {name}": student.activations[name].scale for name in ranges}
-                part[_ERRORS] = torch.tensor([before, after], dtype=torch.float64)
-                checkpoints.save(f"codes-{number}", part)
-            else:
-                for name in unit.layers:
-                    student.weights[name].set_codes(part[name].to(student.weights[name].scale))
-                for name in ranges:
-                    student.activations[name].scale.copy_(part[f"scale of {name}"])
-                keep_biases_in_range(student)
-                step(settings.iterations, skipped=True)
-            before, after = part[_ERRORS].tolist()
-            errors[unit.name] = (before, after)
-            walks.passed(unit)
+    with progress.stage("round", total=sum(part.iterations for _, part, _ in passes) * len(units)) as step:
+        for prefix, part, in_float in passes:
+            loop = _Loop(teacher, student, inputs, units, rounding, part, weights, cache, seed.at(prefix) if prefix else seed)
+            with activations_in_float(student) if in_float else nullcontext():
+                for number, unit in enumerate(units):
+                    found = loop.unit(unit, checkpoints, f"{prefix}codes-{number}", step)
+                    errors[unit.name] = (errors.get(unit.name, found)[0], found[1])
     return errors
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What a unit sees, for all images.
+class _Loop:
+    """One pass over all units.
 
     Args:
-        sources: What it reads in the student.
-        clean: What it reads in the teacher; empty where nobody asks.
-        target: What it should answer.
-    """
-
-    sources: list[Tensor]
-    clean: list[Tensor]
-    target: Tensor
-
-
-class _PairedWalk:
-    """Teacher and student walking through the same images side by side.
-
-    Args:
-        with_entry: Whether the quantizers of a unit's inputs belong to it, and the teacher's inputs are wanted too.
+        rounding: Learned wherever codes are not decided yet.
+        weights: How often an image is to be drawn, in proportion.
     """
 
     def __init__(
-        self, teacher: fx.GraphModule, student: fx.GraphModule, inputs: Tensor, units: list[Unit], *, with_entry: bool
+        self,
+        teacher: fx.GraphModule,
+        student: Student,
+        inputs: Tensor,
+        units: list[Unit],
+        rounding: Rounding,
+        settings: Reconstruction,
+        weights: Tensor | None,
+        cache: Cache,
+        seed: Seed,
     ) -> None:
-        self._student, self._with_entry = student, with_entry
-        self._sources = {unit.name: extract(student, unit, with_entry=with_entry)[1] for unit in units}
-        clean = [source for sources in self._sources.values() for source in sources] if with_entry else []
-        self._teacher_walk = Walk(teacher, inputs, batch=64, keep=[*clean, *(unit.output for unit in units)])
-        self._order = {node.name: index for index, node in enumerate(student.graph.nodes)}
-        self._readers: dict[str, int] = {}
-        for sources in self._sources.values():
-            for source in sources:
-                self._readers[source] = self._readers.get(source, 0) + 1
-        self._student_walk = Walk(student, inputs, batch=64, keep=self._readers)
+        self._student, self._rounding, self._settings, self._weights, self._seed = student, rounding, settings, weights, seed
+        self._device, self._images = inputs.device, len(inputs)
+        # What a linear layer writes has its channels last, whatever stands before them.
+        self._linear = {node.name for node in layers(teacher) if node.target in LINEARS}
+        self._with_entry = settings.learned_ranges or settings.drop > 0
+        inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+        self._borders = Borders(teacher, student.graph, inputs, units, with_entry=self._with_entry, cache=cache)
+        self._ranges = self._borders.ranges(student, units) if settings.learned_ranges else {}
+        outputs = [unit.output for unit in units]
+        self._fisher = Fisher(teacher, inputs, outputs, seed=seed.at("fisher"), cache=cache) if settings.fisher else None
 
-    def at(self, unit: Unit) -> _Data:
-        """What the unit reads, and what it should answer."""
-        sources = self._sources[unit.name]
-        self._student_walk.to(max(sources, key=self._order.__getitem__))
-        self._teacher_walk.to(unit.output)
-        return _Data(
-            sources=[self._student_walk.value(source) for source in sources],
-            clean=[self._teacher_walk.value(source) for source in sources] if self._with_entry else [],
-            target=self._teacher_walk.value(unit.output),
+    def unit(self, unit: Unit, checkpoints: Checkpoints, name: str, step: Callable[..., None]) -> tuple[float, float]:
+        """Learns the unit, or takes what a checkpoint kept of it; its errors before and after."""
+        student, ranges = self._student, self._ranges.get(unit.name, [])
+        part = checkpoints.load(name)
+        if part is None:
+            errors = self._learn(unit, ranges, step)
+            part = {layer: student.weights[layer].final_codes(_weight(student, layer)) for layer in unit.layers}
+            part |= {f"step of {layer}": student.weights[layer].scale for layer in unit.layers}
+            part |= {f"scale of {tensor}": student.activations[tensor].scale for tensor in ranges}
+            part[_ERRORS] = torch.tensor(errors, dtype=torch.float64)
+            checkpoints.save(name, part)
+        else:
+            for layer in unit.layers:
+                student.weights[layer].scale.copy_(part[f"step of {layer}"])
+                student.weights[layer].set_codes(part[layer].to(student.weights[layer].scale))
+            for tensor in ranges:
+                student.activations[tensor].scale.copy_(part[f"scale of {tensor}"])
+            keep_biases_in_range(student)
+            step(self._settings.iterations, skipped=True)
+        self._borders.leave(unit)
+        if self._fisher is not None:
+            self._fisher.release(unit.output)
+        before, after = part[_ERRORS].tolist()
+        return before, after
+
+    def _learn(self, unit: Unit, ranges: list[str], step: Callable[..., None]) -> tuple[float, float]:
+        student, settings, borders, seed = self._student, self._settings, self._borders, self._seed.at(unit.name)
+        borders.reach(unit)
+        count = borders.count(unit)
+        module, _ = extract(student.graph, unit, with_entry=self._with_entry)
+        before = self._error(module, unit, all_rows(count))
+        open_ = [name for name in unit.layers if student.weights[name].codes is None]
+        rounders = {name: _rounder(student, name, self._rounding) for name in open_}
+        for name, rounder in rounders.items():
+            student.weights[name].rounder = rounder
+        groups = [
+            ([p for rounder in rounders.values() for p in rounder.parameters()], settings.learning_rate, False),
+            ([student.activations[name].learn_scale() for name in ranges], settings.range_rate, True),
+            ([student.weights[name].learn_scale() for name in open_ if settings.learned_steps], settings.step_rate, True),
+        ]
+        groups = [group for group in groups if group[0]]
+        if not groups:
+            step(settings.iterations, skipped=True)
+            return before, before
+        optimizer = torch.optim.Adam([{"params": parameters, "lr": rate} for parameters, rate, _ in groups])
+        generator, dropping = seed.generator(), Dropping(settings.drop, seed.at("drop").generator())
+        if settings.drop:
+            for name in (*unit.inputs, *unit.nodes):
+                if name in student.activations:
+                    student.activations[name].drop(dropping)
+        descent = Descent(
+            optimizer,
+            place=f"reconstruction of {unit.name}",
+            cure=f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g} with another --output",
         )
+        best = _Best(student, unit, rounders, ranges)
+        learned, watched = _parted(count, settings.patience)
+        odds = None if self._weights is None else self._weights.repeat_interleave(count // self._images)[learned]
+        for iteration in range(settings.iterations):
+            progress = iteration / settings.iterations
+            for group, (_, rate, falls) in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2 if falls else rate
+            if odds is None:
+                drawn = torch.randint(len(learned), (settings.batch,), generator=generator)
+            else:
+                drawn = torch.multinomial(odds, settings.batch, replacement=True, generator=generator)
+            distance = self._distance(module, unit, learned[drawn], dropping)
+            penalties = {f"penalty of {name}": rounder.penalty(progress) for name, rounder in rounders.items()}
+            descent.step(iteration, {"distance": distance, **penalties})
+            step()
+            if len(watched) and (iteration + 1) % max(settings.iterations // _CHECKS, 1) == 0:
+                with best.hardened():
+                    error = self._error(module, unit, torch.split(watched, 64))
+                if best.stale(error) >= settings.patience:
+                    step(settings.iterations - iteration - 1, skipped=True)
+                    break
+        if len(watched):
+            best.restore()
+        for name, rounder in rounders.items():
+            student.weights[name].set_codes(rounder.harden())
+            student.weights[name].settle(_weight(student, name))
+        for name in (*unit.inputs, *unit.nodes):
+            if name in student.activations:
+                student.activations[name].settle()
+        keep_biases_in_range(student)
+        return before, self._error(module, unit, all_rows(count))
 
-    def ranges(self, student: Student, units: list[Unit]) -> dict[str, list[str]]:
-        """For each unit, the tensors whose scales it may learn: those it reads and those inside, if nothing was computed with them yet."""
-        found: dict[str, list[str]] = {}
-        taken: set[str] = set()
-        reached = -1
-        for unit in units:
-            # The student has walked to the last of these tensors by then, and not through the quantizer behind it.
-            reached = max(reached, *(self._order[source] for source in self._sources[unit.name]))
-            names = [*unit.inputs, *(name for name in unit.nodes if name != unit.output)]
-            fresh = [name for name in names if name in student.activations and self._order[name] >= reached]
-            found[unit.name] = [name for name in fresh if name not in taken]
-            taken.update(found[unit.name])
-        return found
+    def _distance(self, module: fx.GraphModule, unit: Unit, picked: Int[Tensor, " rows"], dropping: Dropping) -> Tensor:
+        """The squared error of a batch, summed over channels."""
+        rows = self._borders.rows(unit, picked)
+        inputs = rows.sources
+        if self._settings.drop:
+            inputs = [dropping.mix(clean, source) for clean, source in zip(rows.clean, inputs, strict=True)]
+        output: Tensor = module(*inputs)
+        channels = output.shape[-1 if unit.layers[-1] in self._linear else 1]
+        if self._fisher is None:
+            total = functional.mse_loss(output, rows.target, reduction="sum")
+        else:
+            total = ((output - rows.target).square() * self._fisher.rows(unit.output, picked)).sum()
+        return total * (channels / output.numel())
 
-    def passed(self, unit: Unit) -> None:
-        """The unit is hardened; what only it needed can go."""
-        if not self._readers.get(unit.output):
-            self._teacher_walk.release(unit.output)
-        for source in self._sources[unit.name]:
-            self._readers[source] -= 1
-            if not self._readers[source]:
-                self._student_walk.release(source)
-                self._teacher_walk.release(source)
+    @torch.no_grad()
+    def _error(self, module: fx.GraphModule, unit: Unit, batches: list[Tensor] | tuple[Tensor, ...]) -> float:
+        """Mean squared error of a unit over these rows."""
+        total, count = 0.0, 0
+        for picked in batches:
+            rows = self._borders.rows(unit, picked)
+            total += float(functional.mse_loss(module(*rows.sources), rows.target, reduction="sum"))
+            count += rows.target.numel()
+        return total / count
 
 
 def _weight(student: Student, name: str) -> Tensor:
@@ -217,74 +315,48 @@ def _rounder(student: Student, name: str, rounding: Rounding) -> Rounder:
     return rounding(_weight(student, name), quantizer.scale, quantizer.zero_point, quantizer.grid)
 
 
-def _learn(
-    student: Student,
-    unit: Unit,
-    data: _Data,
-    ranges: list[str],
-    rounding: Rounding,
-    settings: Reconstruction,
-    linear: set[str],
-    weights: Tensor | None,
-    seed: Seed,
-    step: Callable[..., None],
-) -> tuple[float, float]:
-    module, _ = extract(student.graph, unit, with_entry=bool(data.clean))
-    target = data.target
-    before = _error(module, data.sources, target)
-    rounders = {name: _rounder(student, name, rounding) for name in unit.layers}
-    for name, rounder in rounders.items():
-        student.weights[name].rounder = rounder
-    generator, noise = seed.generator(), seed.at("drop").generator(target.device)
-    learned = [student.activations[name] for name in ranges]
-    groups = [{"params": [p for rounder in rounders.values() for p in rounder.parameters()], "lr": settings.learning_rate}]
-    if learned:
-        groups.append({"params": [quantizer.learn_scale() for quantizer in learned], "lr": settings.range_rate})
-    if settings.drop:
-        for name in (*unit.inputs, *unit.nodes):
-            if name in student.activations:
-                student.activations[name].drop(settings.drop, noise)
-    optimizer = torch.optim.Adam(groups)
-    descent = Descent(
-        optimizer,
-        place=f"reconstruction of {unit.name}",
-        cure=f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g} with another --output",
-    )
-    count = target.shape[0]
-    # What a linear layer writes has its channels last, whatever stands before them.
-    channel = -1 if unit.layers[-1] in linear else 1
-    for iteration in range(settings.iterations):
-        progress = iteration / settings.iterations
-        if learned:
-            optimizer.param_groups[1]["lr"] = settings.range_rate * (1 + math.cos(math.pi * progress)) / 2
-        if weights is None:
-            picked = torch.randint(count, (settings.batch,), generator=generator).to(target.device)
+def _parted(count: int, patience: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the rows that are learned from, and of those that are held out."""
+    rows = torch.arange(count)
+    held_out = rows % _HELD_OUT == _HELD_OUT - 1 if patience else torch.zeros(count, dtype=torch.bool)
+    return rows[~held_out], rows[held_out]
+
+
+class _Best:
+    """The hardened state of a unit with the lowest error so far."""
+
+    def __init__(self, student: Student, unit: Unit, rounders: dict[str, Rounder], ranges: list[str]) -> None:
+        self._student, self._rounders = student, rounders
+        self._quantizers = [student.activations[name] for name in (*unit.inputs, *unit.nodes) if name in student.activations]
+        gains = [student.activations[name].log_gain for name in ranges] + [student.weights[name].log_gain for name in rounders]
+        parameters = [parameter for rounder in rounders.values() for parameter in rounder.parameters()]
+        self._learned = [*parameters, *(gain for gain in gains if gain is not None)]
+        self._lowest, self._since = math.inf, 0
+        self._state: list[Tensor] = []
+
+    @contextmanager
+    def hardened(self) -> Iterator[None]:
+        """Codes are whole and nothing is dropped until the block ends."""
+        droppings = [quantizer.drop(None) for quantizer in self._quantizers]
+        for name, rounder in self._rounders.items():
+            self._student.weights[name].codes = rounder.harden()
+        yield
+        for name in self._rounders:
+            self._student.weights[name].codes = None
+        for quantizer, dropping in zip(self._quantizers, droppings, strict=True):
+            quantizer.drop(dropping)
+
+    def stale(self, error: float) -> int:
+        """For how many looks the error has not been lower than before, this one included; keeps the state if it is."""
+        if error < self._lowest:
+            self._lowest, self._since = error, 0
+            self._state = [parameter.detach().clone() for parameter in self._learned]
         else:
-            picked = torch.multinomial(weights, settings.batch, replacement=True, generator=generator).to(target.device)
-        inputs = [source[picked] for source in data.sources]
-        if settings.drop:
-            inputs = [
-                mixed(clean[picked], source, settings.drop, noise) for clean, source in zip(data.clean, inputs, strict=True)
-            ]
-        output = module(*inputs)
-        distance = (output - target[picked]).square().sum(dim=channel).mean()
-        penalties = {f"penalty of {name}": rounder.penalty(progress) for name, rounder in rounders.items()}
-        descent.step(iteration, {"distance": distance, **penalties})
-        step()
-    for name, rounder in rounders.items():
-        student.weights[name].set_codes(rounder.harden())
-    for name in (*unit.inputs, *unit.nodes):
-        if name in student.activations:
-            student.activations[name].settle()
-    keep_biases_in_range(student)
-    return before, _error(module, data.sources, target)
+            self._since += 1
+        return self._since
 
-
-@torch.no_grad()
-def _error(module: fx.GraphModule, sources: list[Tensor], target: Tensor, batch: int = 64) -> float:
-    """Mean squared error of a unit over all calibration images."""
-    total = 0.0
-    for start in range(0, target.shape[0], batch):
-        output = module(*(source[start : start + batch] for source in sources))
-        total += float((output - target[start : start + batch]).square().sum())
-    return total / target.numel()
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the state with the lowest error back."""
+        for parameter, value in zip(self._learned, self._state, strict=True):
+            parameter.copy_(value)
