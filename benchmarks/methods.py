@@ -87,7 +87,8 @@ ROWS = {
         "W4A4, calibration only, literature",
         "zeroq, per sample as published",
         "none",
-        f"{CALIBRATED} --recipe zeroq --images 64 --set synthesis.level=sample --set synthesis.class_weight=0 --set synthesis.batch=64",
+        f"{CALIBRATED} --recipe zeroq --images 64 --set synthesis.level=sample --set synthesis.class_weight=0 --set synthesis.batch=64 "
+        "--set synthesis.start=white --set synthesis.swing=false",
     ),
     "dsg-calibration": Row(
         "W4A4, calibration only, literature", "dsg", "none", f"{CALIBRATED} --recipe dsg --images 64 --set synthesis.batch=64"

@@ -40,7 +40,7 @@ def compare(name: str, module: nn.Module, contract: InputContract, batch: int, s
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     teacher = Teacher(capture(module, contract.shape), contract, 10, name)
-    method = ZeroQ(batch=batch, steps=steps)
+    method = ZeroQ(batch=batch, steps=steps, swing=False)
     bare = {layout: [] for layout in LAYOUTS}
     ours = []
 

@@ -78,7 +78,7 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
         (
             ["--set", "synthesis.step=10"],
             "recipe zeroq: [synthesis]: unknown key 'step'; choose one of batch, clamp, class_weight, input_weight, "
-            "learning_rate, level, steps, variation_weight, or did you mean 'steps'?",
+            "learning_rate, level, start, steps, swing, variation_weight, or did you mean 'steps'?",
         ),
         (
             ["--set", "sede=1"],

@@ -34,16 +34,13 @@ from torch.nn import functional
 
 from reverie.images.contract import InputContract
 from reverie.randomness import Seed
+from reverie.synthesis._photographs import to_inputs
 
 Conditioning = Literal["auto", "norms", "embedding"]
 CONDITIONINGS = get_args(Conditioning)
 
 # From this side on, "auto" conditions the norms; the literature knows 32 and 224.
 _LARGE = 64
-# Mean and deviation of the pixels of photographs, 0 to 1.
-_PHOTOGRAPH = (0.45, 0.25)
-# Deviations of normalization constants that come from data lie in between; 0.5 and 1/255 do not.
-_FROM_DATA = (0.1, 0.4)
 
 
 class Generator(nn.Module):
@@ -55,11 +52,20 @@ class Generator(nn.Module):
         latent: Length of the noise vector.
         width: Channels of the widest layers.
         conditioning: How the class enters; "auto" chooses by the image's size.
+        epsilon: Of the two inner norms.
         seed: Of the initial weights.
     """
 
     def __init__(
-        self, contract: InputContract, classes: int, *, latent: int, width: int, conditioning: Conditioning, seed: Seed
+        self,
+        contract: InputContract,
+        classes: int,
+        *,
+        latent: int,
+        width: int,
+        conditioning: Conditioning,
+        epsilon: float = 0.8,
+        seed: Seed,
     ) -> None:
         super().__init__()
         if conditioning == "auto":
@@ -78,10 +84,10 @@ class Generator(nn.Module):
             )
             self.norms = nn.ModuleList(
                 _Norm(classes if conditioning == "norms" else None, channels, epsilon)
-                for channels, epsilon in ((width, 1e-5), (width, 0.8), (narrow, 0.8))
+                for channels, epsilon in ((width, 1e-5), (width, epsilon), (narrow, epsilon))
             )
         self.last_norm = nn.BatchNorm2d(contract.channels, affine=False)
-        gain, offset = _to_inputs(contract)
+        gain, offset = to_inputs(contract)
         low, high = contract.bounds(gain)
         for name, value in {"gain": gain, "offset": offset, "low": low, "high": high}.items():
             self.register_buffer(name, value, persistent=False)
@@ -128,13 +134,3 @@ class _Norm(nn.Module):
         if self.gain is None or self.bias is None:
             return x
         return torch.addcmul(self.bias(labels)[..., None, None], self.gain(labels)[..., None, None], x)
-
-
-def _to_inputs(contract: InputContract) -> tuple[Float[Tensor, "channels 1 1"], Float[Tensor, "channels 1 1"]]:
-    """Gain and offset from channels of mean 0 and deviation 1 to network inputs."""
-    ones = torch.ones(contract.channels, 1, 1)
-    if all(_FROM_DATA[0] <= deviation <= _FROM_DATA[1] for deviation in contract.std):
-        return ones, 0 * ones
-    mean, deviation = _PHOTOGRAPH
-    offset = contract.normalize(mean * ones)
-    return contract.normalize((mean + deviation) * ones) - offset, offset

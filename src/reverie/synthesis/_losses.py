@@ -19,6 +19,16 @@ def matching_loss(statistics: Statistics, norms: list[BatchNorm]) -> Float[Tenso
     return torch.stack(terms).mean()
 
 
+def standard_distance(statistics: Statistics, norms: list[BatchNorm]) -> Float[Tensor, ""]:
+    """Sum over layers of MSE(m, running mean) + MSE(s, running standard deviation), in the network's own units: Genie's form."""
+    terms = []
+    for mean, variance, norm in zip(statistics.mean, statistics.variance, norms, strict=True):
+        # The square root has no slope at 0, where a constant channel sits.
+        gap = (variance + 1e-6).sqrt() - (norm.variance + 1e-6).sqrt()
+        terms.append((mean - norm.mean).square().mean() + gap.square().mean())
+    return torch.stack(terms).sum()
+
+
 def total_variation(pixels: Float[Tensor, "batch channels height width"]) -> Float[Tensor, ""]:
     """Mean absolute difference of neighbouring pixels, both directions."""
     vertical = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().mean()

@@ -1,17 +1,17 @@
-"""What the methods that optimise pixels share: batch after batch with checkpoints, Adam on one of them, and its priors.
+"""What the methods share that optimise images batch by batch: checkpoints, the teacher's statistics, priors, Adam on pixels.
 
-A batch starts as Gaussian noise in input units. The rate falls by a half cosine from `learning_rate` to zero, so a run ends
-after a known number of steps, and not when a plateau is noticed.
+A batch of pixels starts as noise. The rate falls by a half cosine from `learning_rate` to zero, so a run
+ends after a known number of steps, and not when a plateau is noticed.
 
-A method is a frozen dataclass derived from `PixelMethod` whose `alignment` is its loss on the statistics at the batch norms. See
-`zeroq.py`, the smaller one.
+A method is a frozen dataclass derived from `PixelMethod`, or from `BatchMethod` where something else than pixels is optimised, whose
+`alignment` is its loss on the statistics at the batch norms. See `zeroq.py`, the smallest.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -19,39 +19,40 @@ from torch import Tensor
 from torch.nn import functional
 
 from reverie.checkpoints import Checkpoints
-from reverie.errors import DivergenceError, check_range
+from reverie.errors import ConfigError, DivergenceError, check_range
 from reverie.graph.batch_norm import Level, Observed, Statistics
+from reverie.graph.swing import swing
 from reverie.images import Images
 from reverie.plugins import name_of
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, batches, lacks_batch_norm
 from reverie.synthesis._losses import total_variation
+from reverie.synthesis._photographs import natural_noise, to_inputs
 
 Alignment = Callable[[Tensor, Statistics], Tensor]
+Start = Literal["natural", "white"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelMethod(ABC):
-    """Gradient descent on pixels, batch by batch.
+class BatchMethod(ABC):
+    """Gradient descent on images, each batch by itself.
 
     Args:
         batch: Images optimised together.
         steps: Adam steps for each batch.
-        learning_rate: Of the first step, in input units.
+        swing: Whether convolutions with a stride read their inputs a little shifted, anew at each step (`graph/swing.py`).
         input_weight: Of the term on the image's own mean and standard deviation.
         class_weight: Of the cross-entropy to a random label; 0 leaves labels out.
         variation_weight: Of the total variation.
-        clamp: Keep pixels valid (between black and white) after each step.
     """
 
     batch: int = 32
-    steps: int = 200
-    learning_rate: float = 0.1
+    steps: int = 100
+    swing: bool = True
     input_weight: float = 0.1
     class_weight: float = 0.0
     variation_weight: float = 0.0
-    clamp: bool = True
 
     needs_batch_norm: ClassVar[bool] = True
     needs_capsule: ClassVar[bool] = False
@@ -61,7 +62,6 @@ class PixelMethod(ABC):
             self,
             batch=(1, math.inf),
             steps=(1, math.inf),
-            learning_rate=(1e-9, math.inf),
             input_weight=(0, math.inf),
             class_weight=(0, math.inf),
             variation_weight=(0, math.inf),
@@ -78,9 +78,22 @@ class PixelMethod(ABC):
         """The loss on pixels and their statistics, for a batch.
 
         Args:
-            noise: Where the batch starts.
+            noise: Gaussian images, as many as the batch has.
             offset: Images made before this batch.
             generator: What the loss draws from, if it draws.
+        """
+
+    @abstractmethod
+    def optimise(
+        self, teacher: Teacher, noise: Tensor, loss: Callable[[Tensor], Tensor], seed: Seed, step: Callable[..., None]
+    ) -> Float[Tensor, "size channels height width"]:
+        """The batch, on the CPU, after `steps` steps down `loss`.
+
+        Args:
+            noise: Gaussian images, as many as the batch has, on the teacher's device.
+            loss: Of the images; to be called once each step.
+            seed: The batch's.
+            step: To be called after each step.
         """
 
     def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
@@ -88,9 +101,8 @@ class PixelMethod(ABC):
         name = name_of(self)
         if not teacher.batch_norms:
             raise lacks_batch_norm(teacher.name, name)
-        observed = Observed(teacher.graph, self.statistics_level())
         made = in_batches(
-            lambda number, size, step: self._batch(teacher, observed, number * self.batch, size, seed.at(number), step),
+            lambda number, size, step: self._batch(teacher, number * self.batch, size, seed.at(number), step),
             batches(count, self.batch),
             steps=self.steps,
             checkpoints=checkpoints,
@@ -102,12 +114,12 @@ class PixelMethod(ABC):
             sources=(name,) * count,
         )
 
-    def _batch(
-        self, teacher: Teacher, observed: Observed, offset: int, size: int, seed: Seed, step: Callable[..., None]
-    ) -> dict[str, Tensor]:
+    def _batch(self, teacher: Teacher, offset: int, size: int, seed: Seed, step: Callable[..., None]) -> dict[str, Tensor]:
         generator = seed.generator()
-        noise, labels = start(teacher.input.shape, teacher.classes, size, generator)
+        noise, labels = drawn(teacher.input.shape, teacher.classes, size, generator)
         noise, targets = noise.to(teacher.device), labels.to(teacher.device)
+        graph = swing(teacher.graph, seed.at("swing").generator()) if self.swing else teacher.graph
+        observed = Observed(graph, self.statistics_level())
         align = self.alignment(teacher, observed, noise, offset, generator)
         priors = Priors(self.input_weight, self.class_weight, self.variation_weight)
 
@@ -115,9 +127,39 @@ class PixelMethod(ABC):
             logits, statistics = observed(pixels)
             return align(pixels, statistics) + priors(pixels, logits, targets)
 
+        return {"inputs": self.optimise(teacher, noise, loss, seed, step), "labels": labels}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelMethod(BatchMethod):
+    """Gradient descent on pixels.
+
+    Args:
+        learning_rate: Of the first step, in input units.
+        start: What pixels are at first: "natural", noise with the spectrum and colours of photographs, or "white" noise.
+        clamp: Keep pixels valid (between black and white) after each step.
+    """
+
+    learning_rate: float = 0.1
+    start: Start = "natural"
+    clamp: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, learning_rate=(1e-9, math.inf))
+        if self.start not in get_args(Start):
+            raise ConfigError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
+
+    def optimise(
+        self, teacher: Teacher, noise: Tensor, loss: Callable[[Tensor], Tensor], seed: Seed, step: Callable[..., None]
+    ) -> Float[Tensor, "size channels height width"]:
+        """From noise on, by `descend`."""
         bounds = teacher.input.bounds(noise) if self.clamp else None
-        pixels = descend(noise, loss, steps=self.steps, learning_rate=self.learning_rate, bounds=bounds, step=step)
-        return {"inputs": pixels, "labels": labels}
+        pixels = noise
+        if self.start == "natural":
+            gain, offset = (part.to(noise) for part in to_inputs(teacher.input))
+            pixels = natural_noise(noise) * gain + offset
+        return descend(pixels, loss, steps=self.steps, learning_rate=self.learning_rate, bounds=bounds, step=step)
 
 
 def in_batches(
@@ -152,7 +194,7 @@ def in_batches(
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def start(
+def drawn(
     shape: tuple[int, int, int], classes: int, size: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "size channels height width"], Int[Tensor, " size"]]:
     """Noise with unit variance, and a random label for each image."""

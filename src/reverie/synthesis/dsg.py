@@ -26,7 +26,7 @@ from torch import Tensor
 from reverie.errors import check_range
 from reverie.graph.batch_norm import Level, Observed, Statistics
 from reverie.synthesis import Teacher
-from reverie.synthesis._pixels import Alignment, PixelMethod
+from reverie.synthesis._pixels import Alignment, PixelMethod, Start
 from reverie.synthesis._slack import correlation, enhancement, measure_slack, slack_alignment
 
 
@@ -36,7 +36,8 @@ class Dsg(PixelMethod):
 
     The paper's batch is as large as there are layers, the released code's is 40; the layers go on from batch to batch here.
     The released code makes 500 steps and starts further away. Its class weight of 2 is against a sum over channels; what the slack
-    leaves of our averages is small, and more than 0.01 drowns it.
+    leaves of our averages is small, and more than 0.01 drowns it. Its images start as white noise, since slack is what noise may keep:
+    natural noise leaves little of the diversity that slack buys. Nor do its convolutions swing, unless told to.
 
     Args:
         quantile: Share of the deviations of noise that is free, epsilon; 0 leaves (almost) no slack. The paper's 0.9 keeps
@@ -47,6 +48,9 @@ class Dsg(PixelMethod):
         direction_weight: Of SCI's part on eigenvectors; 1 in the released code. All that it adds is noise (`_slack`); hence 0.
     """
 
+    steps: int = 200
+    swing: bool = False
+    start: Start = "white"
     input_weight: float = 0.01
     class_weight: float = 0.01
     quantile: float = 0.5

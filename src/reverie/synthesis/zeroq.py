@@ -12,7 +12,8 @@ Reference: Cai et al. 2020, arXiv:2001.00281, section 3.1 (algorithms 4.1). What
 - It pairs convolution outputs with batch norms by their order of registration; we read the batch norms' own inputs.
 - It sums squared differences, so wide layers and layers with large values rule the loss; we measure in units of sigma_l.
 - It starts from almost black images with learning rate 0.5 and stops by a plateau of the loss; we start from noise with
-  unit variance, and the rate falls by a half cosine over a known number of steps.
+  the spectrum of photographs (`start = "white"`: with none), and the rate falls by a half cosine over a known number of steps.
+- Its convolutions with a stride see one lattice; ours are swing convolutions (Genie's) unless `swing = false`.
 - Its statistics are those of each image; ours are those of the batch unless `level = "sample"`: training images differ
   from each other, and a set in which none may do so is too uniform (DSG's argument).
 
