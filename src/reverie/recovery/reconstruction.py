@@ -37,8 +37,9 @@ from reverie.graph.units import Unit, UnitKind, find_units
 from reverie.graph.walk import Walk
 from reverie.progress import Progress
 from reverie.randomness import Seed
+from reverie.recovery.closed_form import round_at_once
 from reverie.recovery.ranges import keep_biases_in_range
-from reverie.rounding import Rounding
+from reverie.rounding import Learned, Rounding
 
 # Beside the layers' codes in a checkpoint; no node of a graph is called so.
 _ERRORS = "errors before, after"
@@ -99,14 +100,11 @@ def round_weights(
         weights: How often each of them is to be drawn, in proportion; None for all alike.
 
     Returns:
-        For each unit its mean squared error on the calibration images before (at the nearest codes) and after. Empty for a
-        rounding that learns nothing.
+        For each unit (each layer, where the rounding needs moments) its mean squared error on the calibration images before (at the
+        nearest codes) and after. Empty for a rounding that looks at weights alone.
     """
-    if not rounding.learned:
-        for name in student.layers:
-            rounder = _rounder(student, name, rounding)
-            student.weights[name].set_codes(rounder.harden())
-        return {}
+    if rounding.needs != "reconstruction":
+        return round_at_once(teacher, student, inputs, rounding, weights=weights, seed=seed, progress=progress)
     units = find_units(teacher, settings.unit)
     linear = {node.name for node in layers(teacher) if node.target in LINEARS}
     walks = _PairedWalk(teacher, student.graph, inputs, units, with_entry=settings.learned_ranges or settings.drop > 0)
@@ -212,7 +210,7 @@ def _weight(student: Student, name: str) -> Tensor:
     return student.graph.get_buffer(student.layers[name].weight)
 
 
-def _rounder(student: Student, name: str, rounding: Rounding) -> Rounder:
+def _rounder(student: Student, name: str, rounding: Learned) -> Rounder:
     quantizer = student.weights[name]
     return rounding(_weight(student, name), quantizer.scale, quantizer.zero_point, quantizer.grid)
 
@@ -222,7 +220,7 @@ def _learn(
     unit: Unit,
     data: _Data,
     ranges: list[str],
-    rounding: Rounding,
+    rounding: Learned,
     settings: Reconstruction,
     linear: set[str],
     weights: Tensor | None,
