@@ -53,7 +53,8 @@ def test_an_unknown_method_is_refused_with_the_choices_and_the_nearest():
     with pytest.raises(ConfigError) as caught:
         plugins.load(rounding, "adaruond")
     assert (
-        str(caught.value) == "unknown rounding method 'adaruond'; choose one of adaround, nearest, or did you mean 'adaround'?"
+        str(caught.value)
+        == "unknown rounding method 'adaruond'; choose one of adaround, gptq, nearest, squant, or did you mean 'adaround'?"
     )
 
 

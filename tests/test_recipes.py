@@ -38,7 +38,7 @@ def quick(preset, more=None):
     settings = QUICK | {f"synthesis.{key}": value for key, value in SYNTHESIS.items() if key in known}
     if recipe.distillation.steps:
         settings |= {"distillation.steps": 4, "distillation.batch": 16}
-    if recipe.rounding.learned:
+    if recipe.rounding.needs == "reconstruction":
         settings["reconstruction.iterations"] = 5
     return read(preset, settings | (more or {}))
 

@@ -121,7 +121,7 @@ def learning_steps(recipe: Recipe) -> dict[str, int]:
         found["clipping.steps"] = recipe.clipping.steps
     if recipe.distillation.steps:
         found["distillation.steps"] = recipe.distillation.steps
-    if recipe.rounding.learned:
+    if recipe.rounding.needs == "reconstruction":
         found["reconstruction.iterations"] = recipe.reconstruction.iterations
     return found
 

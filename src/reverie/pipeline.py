@@ -252,8 +252,10 @@ def _plan(recipe: Recipe) -> dict[str, float]:
     plan |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
     if recipe.distillation.steps:
         plan["distil"] = 8.0
-    if recipe.rounding.learned:
+    if recipe.rounding.needs == "reconstruction":
         plan["round"] = 5.0
+    elif recipe.rounding.needs == "moments":
+        plan["round"] = 0.5
     if recipe.quantization.bias_correction:
         plan["correct biases"] = 0.5
     if recipe.quantization.batch_norm_adaptation:

@@ -64,7 +64,7 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
         (
             ["--recipe", "adaruond"],
             "unknown recipe 'adaruond'; choose one of adaround, brecq, clusterq, dsg, dsg_adaround, dsg_generator, fdda, gdfq, "
-            "genie_m, noise, qdrop, zeroq, or did you mean 'adaround'?",
+            "genie_m, gptq, noise, qdrop, squant, zeroq, or did you mean 'adaround'?",
         ),
         (
             ["--recipe", "mine.toml"],
@@ -72,8 +72,8 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
         ),
         (
             ["--set", "rounding.method=adaruond"],
-            "recipe zeroq: [rounding]: unknown rounding method 'adaruond'; choose one of adaround, nearest, "
-            "or did you mean 'adaround'?",
+            "recipe zeroq: [rounding]: unknown rounding method 'adaruond'; choose one of adaround, gptq, nearest, "
+            "squant, or did you mean 'adaround'?",
         ),
         (
             ["--set", "synthesis.step=10"],

@@ -37,20 +37,29 @@ def correct_biases(
         for node in found:
             ahead.to(node.name)
             behind.to(node.name)
-            bias = student.layers[node.name].bias
-            if bias is not None:
-                channel = -1 if node.target in LINEARS else 1
-                shift = _means(ahead.value(node.name), channel) - _means(behind.value(node.name), channel)
-                student.graph.get_buffer(bias).add_(shift)
-                corrections[node.name] = float(shift.abs().max())
-                # Later nodes read the corrected output; recomputing it would give the same up to the bias's own grid.
-                column = [1] * behind.value(node.name).dim()
-                column[channel] = -1
-                behind.value(node.name).add_(shift.view(column))
+            if student.layers[node.name].bias is not None:
+                corrections[node.name] = correct_layer(student, node, ahead.value(node.name), behind.value(node.name))
             for walk in (ahead, behind):
                 walk.release(node.name)
             step()
     return corrections
+
+
+def correct_layer(student: Student, node: fx.Node, expected: Tensor, answered: Tensor) -> float:
+    """Corrects one layer's bias, in place, and its outputs too. Returns the largest correction.
+
+    Args:
+        node: The layer, which has a bias.
+        expected, answered: What it answers in the teacher and in the student, for all images.
+    """
+    channel = -1 if node.target in LINEARS else 1
+    shift = _means(expected, channel) - _means(answered, channel)
+    student.graph.get_buffer(str(student.layers[node.name].bias)).add_(shift)
+    # Later nodes read the corrected output; recomputing it would give the same up to the bias's own grid.
+    column = [1] * answered.dim()
+    column[channel] = -1
+    answered.add_(shift.view(column))
+    return float(shift.abs().max())
 
 
 @contextmanager

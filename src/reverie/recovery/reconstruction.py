@@ -49,9 +49,10 @@ from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.recovery.bias_correction import activations_in_float
 from reverie.recovery.border import Borders, all_rows, check_isolated
+from reverie.recovery.closed_form import round_at_once
 from reverie.recovery.fisher import Fisher
 from reverie.recovery.ranges import keep_biases_in_range
-from reverie.rounding import Rounding
+from reverie.rounding import Learned, Rounding
 
 # Beside the layers' codes in a checkpoint; no node of a graph is called so.
 _ERRORS = "errors before, after"
@@ -135,14 +136,11 @@ def round_weights(
         weights: How often each of them is to be drawn, in proportion; None for all alike.
 
     Returns:
-        For each unit its mean squared error on the calibration images before (at the nearest codes) and after. Empty for a
-        rounding that learns nothing.
+        For each unit (each layer, where the rounding needs moments) its mean squared error on the calibration images before (at the
+        nearest codes) and after. Empty for a rounding that looks at weights alone.
     """
-    if not rounding.learned:
-        for name in student.layers:
-            rounder = _rounder(student, name, rounding)
-            student.weights[name].set_codes(rounder.harden())
-        return {}
+    if rounding.needs != "reconstruction":
+        return round_at_once(teacher, student, inputs, rounding, weights=weights, seed=seed, progress=progress)
     passes = [("", settings, False)]
     if settings.weights_first:
         together = replace(settings, weights_first=False)
@@ -177,7 +175,7 @@ class _Loop:
         student: Student,
         inputs: Tensor,
         units: list[Unit],
-        rounding: Rounding,
+        rounding: Learned,
         settings: Reconstruction,
         weights: Tensor | None,
         cache: Cache,
@@ -310,7 +308,7 @@ def _weight(student: Student, name: str) -> Tensor:
     return student.graph.get_buffer(student.layers[name].weight)
 
 
-def _rounder(student: Student, name: str, rounding: Rounding) -> Rounder:
+def _rounder(student: Student, name: str, rounding: Learned) -> Rounder:
     quantizer = student.weights[name]
     return rounding(_weight(student, name), quantizer.scale, quantizer.zero_point, quantizer.grid)
 

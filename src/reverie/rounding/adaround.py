@@ -19,7 +19,7 @@ learned scales.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -47,7 +47,7 @@ class AdaRound:
     start: float = 20.0
     end: float = 2.0
 
-    learned: ClassVar[bool] = True
+    needs: ClassVar[Literal["reconstruction"]] = "reconstruction"
 
     def __post_init__(self) -> None:
         check_range(self, penalty_weight=(0, math.inf), warm_start=(0, 1), start=(1e-3, math.inf), end=(1e-3, math.inf))

@@ -1,13 +1,11 @@
 """Round to nearest, half to even: the baseline, with nothing to learn."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reverie.graph.quantizers import Rounder
 from reverie.grid import Grid, quantize
 
 
@@ -15,7 +13,7 @@ from reverie.grid import Grid, quantize
 class Nearest:
     """Has no settings."""
 
-    learned: ClassVar[bool] = False
+    needs: ClassVar[Literal["weights"]] = "weights"
 
     def __call__(
         self,
@@ -23,31 +21,9 @@ class Nearest:
         scale: Float[Tensor, "out *ones"],
         zero_point: Int[Tensor, "out *ones"],
         grid: Grid,
-    ) -> "NearestRounder":
-        """A rounder for this weight on this grid."""
-        return NearestRounder(quantize(weight.detach(), scale, zero_point, grid))
-
-
-class NearestRounder(Rounder):
-    """Holds the codes."""
-
-    codes: Tensor
-
-    def __init__(self, codes: Float[Tensor, "*shape"]) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes)
-
-    def forward(self) -> Float[Tensor, "*shape"]:
+    ) -> Float[Tensor, "out *rest"]:
         """The nearest codes."""
-        return self.codes
-
-    def penalty(self, progress: float) -> Float[Tensor, ""]:
-        """Zero."""
-        return torch.zeros((), device=self.codes.device)
-
-    def harden(self) -> Float[Tensor, "*shape"]:
-        """The nearest codes."""
-        return self.codes
+        return quantize(weight, scale, zero_point, grid)
 
 
 METHOD = Nearest
