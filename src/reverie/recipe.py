@@ -48,6 +48,7 @@ class Quantization:
         placement: "integer" (what an integer runtime executes) or "literature" (for comparison with papers).
         weight_bits, activation_bits: 2 to 8.
         end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
+        sum_bits: Bits of what only sums read, such as the branch of a residual block; likewise.
         equalize: Cross-layer equalization before anything else.
         bias_correction: Give every channel its mean back after rounding.
         batch_norm_adaptation: Give every channel its mean and deviation back, after rounding, or before distillation, which
@@ -58,6 +59,7 @@ class Quantization:
     weight_bits: int = 8
     activation_bits: int = 8
     end_bits: int = 8
+    sum_bits: int = 8
     equalize: bool = False
     bias_correction: bool = True
     batch_norm_adaptation: bool = False
@@ -69,7 +71,7 @@ class Quantization:
                 "--set quantization.bias_correction=false"
             )
         bits = (MIN_BITS, MAX_BITS)
-        check_range(self, weight_bits=bits, activation_bits=bits, end_bits=bits)
+        check_range(self, weight_bits=bits, activation_bits=bits, end_bits=bits, sum_bits=bits)
 
 
 @dataclass(frozen=True, kw_only=True)

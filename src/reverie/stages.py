@@ -117,6 +117,7 @@ def student_of(graph: fx.GraphModule, settings: Quantization) -> tuple[fx.GraphM
         weight_bits=settings.weight_bits,
         activation_bits=settings.activation_bits,
         end_bits=settings.end_bits,
+        sum_bits=settings.sum_bits,
     )
 
 

@@ -97,6 +97,34 @@ def test_without_end_bits_all_bits_are_the_same(graph):
     assert {quantizer.grid.bits for quantizer in student.activations.values()} == {5}
 
 
+def test_what_only_sums_read_has_bits_of_its_own(graph):
+    folded = fold_batch_norms(graph)
+    student = place(folded, "integer", weight_bits=4, activation_bits=3, end_bits=7, sum_bits=6)
+    bits = {name: quantizer.grid.bits for name, quantizer in student.activations.items()}
+    # `relu` is added too, but two layers read it.
+    assert bits == {"x": 7, "relu": 3, "clip_hardtanh": 3, "b": 6, "mul": 3, "cat": 3, "adaptive_avg_pool2d": 7}
+    literature = place(graph, "literature", weight_bits=4, activation_bits=3, sum_bits=6)
+    assert {quantizer.grid.bits for quantizer in literature.activations.values()} == {3}
+
+
+class Moved(nn.Module):
+    """A branch that is sliced before it is added, and one that is sliced and read by a layer as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x):
+        first, second = self.a(x)[:, :, 1:], self.b(x)[:, :, 1:]
+        return first + second - self.c(second)
+
+
+def test_a_branch_that_is_moved_before_it_is_added_is_only_summed():
+    student = place(capture(Moved(), (3, 4, 4)), "integer", weight_bits=4, activation_bits=3, sum_bits=6)
+    bits = {name: quantizer.grid.bits for name, quantizer in student.activations.items()}
+    assert (bits["a"], bits["b"], bits["c"]) == (6, 3, 6)
+
+
 def test_literature_keeps_batch_norm_and_quantizes_behind_relu_alone(graph):
     student = place(graph, "literature", weight_bits=4, activation_bits=4, end_bits=8)
     assert list(student.activations) == ["relu", "clip_hardtanh", "relu_2"]

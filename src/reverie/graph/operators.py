@@ -17,7 +17,8 @@ BATCH_NORM = aten.batch_norm.default
 CLIPPING = frozenset({aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default, aten.clamp.Tensor})
 
 # Two-operand arithmetic whose operands must both be on a grid for an integer kernel.
-ARITHMETIC = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor})
+SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+ARITHMETIC = SUMS | {aten.mul.Tensor}
 CONCATENATIONS = frozenset({aten.cat.default})
 AVERAGES = frozenset(
     {aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default, aten.avg_pool2d.default, aten.mean.dim}

@@ -7,7 +7,8 @@ linear layer; both operands of every add, subtraction, product and concatenation
 average pooling; and what leaves a convolution, behind the activation that clips it. Logits that a linear layer writes stay
 in float: only linear layers have integer kernels that allow it. A tensor that only moved (pooled by maximum, sliced, padded,
 reshaped) is on the grid it was on. Biases are int32. Ends (layers that read the network's input or write its output, what
-the last one reads, and logits on a grid) have `end_bits`.
+the last one reads, and logits on a grid) have `end_bits`. What only sums read (the branch of a residual block) has `sum_bits`: nothing
+is multiplied with it, so its bits cost no multiplier anything, and the papers on reconstruction leave it in float.
 
 `literature`: batch norm kept, weights and what follows a ReLU only, ends as low as the rest, asymmetric weights whose
 range need not hold zero, no bias quantization (algorithms 1.1, class A). It cannot be exported.
@@ -28,6 +29,7 @@ from reverie.graph.operators import (
     CONVOLUTIONS,
     LAYERS,
     PASS_THROUGH,
+    SUMS,
     arguments,
     attribute,
     combines_computed,
@@ -83,13 +85,20 @@ class Student:
 
 
 def place(
-    graph: fx.GraphModule, kind: PlacementKind, *, weight_bits: int, activation_bits: int, end_bits: int | None = None
+    graph: fx.GraphModule,
+    kind: PlacementKind,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    end_bits: int | None = None,
+    sum_bits: int | None = None,
 ) -> Student:
     """A student of `graph` (batch norms already folded for `integer`) whose quantizers wait for calibration.
 
     Args:
         end_bits: Bits at the ends of the network, weights and activations; None means no exception. Ignored (none) by
             the `literature` placement.
+        sum_bits: Bits of what only additions and subtractions read, and which is not at an end; likewise.
 
     Raises:
         ModelError: The graph has no convolution or linear layer.
@@ -116,7 +125,11 @@ def place(
     for node in graph.graph.nodes:
         if node not in tensors:
             continue
-        bits = end_bits if end_bits is not None and node.name in end_tensors else activation_bits
+        bits = activation_bits
+        if integer and end_bits is not None and node.name in end_tensors:
+            bits = end_bits
+        elif integer and sum_bits is not None and _only_summed(node):
+            bits = sum_bits
         activations[node.name] = ActivationQuantizer(Grid(bits, signed=False))
         here = nodes[node.name]
         with copied.graph.inserting_after(here):
@@ -172,6 +185,13 @@ def _origin(node: fx.Node) -> fx.Node:
             break
         node = source
     return node
+
+
+def _only_summed(node: fx.Node) -> bool:
+    """Whether whatever reads the tensor, as it is or moved, adds or subtracts it."""
+    return bool(node.users) and all(
+        user.target in SUMS or (user.target in PASS_THROUGH and _only_summed(user)) for user in node.users
+    )
 
 
 def _integer_tensors(graph: fx.GraphModule) -> set[fx.Node]:
