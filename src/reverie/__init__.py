@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reverie.best import choose as choose_recipe
     from reverie.errors import ConfigError, DivergenceError, ExportError, ModelError, ReverieError
     from reverie.images import Images
     from reverie.models import InputContract, Network
@@ -39,6 +40,7 @@ __all__ = [
     "Run",
     "__version__",
     "capsule_of",
+    "choose_recipe",
     "load_capsule",
     "load_network",
     "read_recipe",
@@ -60,6 +62,7 @@ _HOMES = {
     "ReverieError": "errors",
     "Run": "pipeline",
     "capsule_of": "synthesis._capsule",
+    "choose_recipe": "best:choose",
     "load_capsule": "synthesis._capsule",
     "load_network": "models:load",
     "read_recipe": "recipe:read",

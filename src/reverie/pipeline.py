@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reverie.best import Choice
 from reverie.budget import Schedule, fit
 from reverie.checkpoints import Folder
 from reverie.errors import ConfigError
@@ -85,6 +86,7 @@ def run(
     unlabelled: Images | None = None,
     device: str = "cpu",
     budget: float | None = None,
+    choice: Choice | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Quantizes `network` as `recipe` says, exports it, proves it, measures it, and writes the run directory.
@@ -97,6 +99,7 @@ def run(
         unlabelled: Images for agreement.
         device: Where synthesis and rounding happen.
         budget: Minutes that the stages that learn may take (`budget.py`); None for the recipe's own steps.
+        choice: How the recipe was chosen (`best.py`), for the report.
 
     Raises:
         ConfigError: The request is wrong, the output folder is not ours, no space is left.
@@ -114,6 +117,8 @@ def run(
     with _working_in(folder, recipe, network, device, given) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
+        if choice is not None:
+            directory.note(choice=asdict(choice))
         progress.plan(_plan(recipe))
         with _timed(directory, "capture"):
             with _free_if_refused(directory):
@@ -162,6 +167,7 @@ def run(
         metrics = {
             **_facts(network),
             "quantization": asdict(recipe.quantization),
+            **({} if choice is None else {"choice": list(choice.reasons)}),
             **({} if budget is None else {"budget": directory.record["facts"]["budget"]}),
             **learned,
             **measured,

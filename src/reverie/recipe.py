@@ -165,6 +165,10 @@ def read(name_or_file: str, overrides: dict[str, Any] | None = None) -> Recipe:
         ConfigError: No such recipe; or an unknown key, method or value in it, named together with the choices.
     """
     path = Path(name_or_file)
+    if name_or_file == "best":
+        raise ConfigError(
+            "recipe best must be chosen for a network, got none; use `reverie quantize NETWORK --recipe best`, or reverie.choose_recipe"
+        )
     if path.suffix == ".toml":
         if not path.is_file():
             raise ConfigError(

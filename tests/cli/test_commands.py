@@ -55,6 +55,19 @@ def test_quantize_keeps_the_metrics_that_programs_read(finished):
     assert interval["low"] <= interval["difference"] <= interval["high"]
 
 
+def test_best_says_what_it_chose_and_why_and_stays_with_it(capsys, tmp_path):
+    command = ["quantize", "embedded:digits", "--recipe", "best", "--weight-bits", "4", "--activation-bits", "4", *TINY]
+    command += ["--set", "reconstruction.iterations=2", "--output", tmp_path / "run"]
+    lines = said(capsys, *command).splitlines()
+    assert lines[0] == f"recipe best: qdrop; output {tmp_path / 'run'}"
+    chosen = [line.removeprefix("best: ") for line in lines if line.startswith("best: ")]
+    assert chosen == json.loads((tmp_path / "run" / "metrics.json").read_text())["choice"]
+    assert chosen[0] == "qdrop: at W4A4 codes and ranges are learned together, block by block, half of all values unquantized"
+    assert chosen[0] in (tmp_path / "run" / "report.html").read_text()
+    # The same command again answers with the complete run.
+    assert said(capsys, *command).splitlines()[0] == lines[0]
+
+
 def test_quantize_shows_a_table_and_says_which_recipe_it_chose(capsys, finished):
     command = ["quantize", "embedded:digits", "--weight-bits", "4", "--evaluate", "held-out", "--output", finished, *TINY]
     lines = said(capsys, *command, "--set", "reconstruction.iterations=2").splitlines()

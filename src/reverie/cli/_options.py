@@ -68,16 +68,20 @@ NO_OPTIONS = NetworkOptions()
 
 
 def read_recipe(name_or_file: str, settings: Settings, **flags: Any) -> "Recipe":
-    """The recipe with what the command line says instead.
+    """The recipe with what the command line says instead; arguments as for `overrides`."""
+    from reverie import recipe
+
+    return recipe.read(name_or_file, overrides(settings, **flags))
+
+
+def overrides(settings: Settings, **flags: Any) -> dict[str, Any]:
+    """What the command line says, by dotted key.
 
     Args:
         settings: KEY=VALUE; they win over `flags`.
         flags: Values by key, a double underscore for the dot; None where the flag was not given.
     """
-    from reverie import recipe
-
-    overrides = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
-    return recipe.read(name_or_file, overrides | as_overrides(settings))
+    return {key.replace("__", "."): value for key, value in flags.items() if value is not None} | as_overrides(settings)
 
 
 def as_overrides(settings: Settings) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, as_overrides, read_recipe
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, as_overrides, overrides
 from reverie.cli._output import say, say_json, say_table
 from reverie.errors import ConfigError, at
 from reverie.progress import choose
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from reverie.pipeline import Run
 
 HELD_OUT = "held-out"
+# Not a file but a choice among them (`best.py`).
+_BEST = "best"
 # From here down nearest rounding costs accuracy that learned rounding keeps.
 _ROUNDING_MATTERS_BELOW = 8
 
@@ -47,6 +49,8 @@ def quantize(
 
     Example: reverie quantize embedded:digits --weight-bits 4 --evaluate held-out
 
+    Example: reverie quantize timm:resnet18 --recipe best --weight-bits 4 --activation-bits 4 --budget 10
+
     Example: reverie quantize timm:resnet18 --recipe fdda --calibration one_image_a_class/
 
     Example: reverie quantize nets.py:resnet20 --weights resnet20.safetensors --input-size 32 --classes 10
@@ -55,8 +59,8 @@ def quantize(
     Args:
         network: Such as embedded:digits, timm:resnet18, torchvision:resnet50, package:mobilenet_v2 or
             path/to/file.py:factory.
-        recipe: A preset or a .toml file; `reverie recipe` lists the presets. Default: zeroq for 8-bit weights, adaround
-            for fewer bits.
+        recipe: A preset or a .toml file, or best for the preset that measured best for these bits, this network and --budget;
+            `reverie recipe` lists the presets. Default: zeroq for 8-bit weights, adaround for fewer bits.
         weight_bits: Bits of a weight, 2 to 8; first and last layer have 8 unless --set quantization.end_bits=N.
         activation_bits: Bits of an activation, 2 to 8.
         placement: integer (default: what an integer runtime executes) or literature (batch norm kept, all layers at the
@@ -79,8 +83,7 @@ def quantize(
         json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
     """
     name, why = _recipe_name(recipe, weight_bits, settings)
-    resolved = read_recipe(
-        name,
+    wanted = overrides(
         settings,
         seed=seed,
         images=images,
@@ -90,16 +93,28 @@ def quantize(
         # Nothing executes the literature's placement, so there is nothing to export.
         export__method="none" if placement == "literature" else None,
     )
+    from reverie import recipe as recipes
     from reverie.runs import check_output, default_output
 
+    # What `best` chooses depends on the network, but not its bits.
+    bits_alone = {key: value for key, value in wanted.items() if key.startswith("quantization.")}
+    resolved = recipes.read("zeroq", bits_alone) if name == _BEST else recipes.read(name, wanted)
     bits = resolved.quantization
     folder = output or default_output(network, bits.weight_bits, bits.activation_bits)
     check_output(folder)
     loaded = options.load(network)
     # Takes half a second to import, which no wrong recipe or network should wait for.
-    from reverie import pipeline, request, stages
+    from reverie import best, pipeline, request, stages
     from reverie.synthesis._capsule import load_capsule
 
+    shown = choose(sys.stderr, json)
+    choice = None
+    if name == _BEST:
+        few = None if calibration is None else _read(calibration, loaded, require_labels=False, option="--calibration")
+        choice = best.chosen_in(folder) or best.choose(
+            loaded, wanted, calibration=few, minutes=budget, device=device, progress=shown
+        )
+        resolved = choice.recipe(wanted)
     given = {"calibrated": calibration is not None, "capsule": capsule is not None}
     request.check(resolved, loaded, device=device, budget=budget, **given)
     check_output(folder, request.identity(resolved, loaded))
@@ -109,7 +124,7 @@ def quantize(
     unseen = None if unlabelled is None else _read(unlabelled, loaded, require_labels=False, option="--unlabelled")
     labelled = None if evaluate is None else _labelled(evaluate, loaded)
     if not json:
-        say(f"recipe {name}{why}; output {folder}")
+        say(f"recipe {name}{why if choice is None else f': {choice.preset}'}; output {folder}")
     run = pipeline.run(
         resolved,
         loaded,
@@ -120,7 +135,8 @@ def quantize(
         unlabelled=unseen,
         device=device,
         budget=budget,
-        progress=choose(sys.stderr, json),
+        choice=choice,
+        progress=shown,
     )
     if json:
         say_json(run.metrics)

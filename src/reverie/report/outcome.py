@@ -98,9 +98,10 @@ def images_text(images: dict[str, Any]) -> str:
 
 
 def learning_notes(metrics: dict[str, Any]) -> list[str]:
-    """Likewise on images that were left out, classes that the capsule does not tell, and what distillation saw; where there are any."""
+    """Likewise on what was chosen, images that were left out, classes that the capsule does not tell, and what distillation saw; where
+    there is any."""
     capsule, distillation = metrics["images"].get("capsule"), metrics.get("distillation")
-    lines = []
+    lines = [f"best: {reason}" for reason in metrics.get("choice", [])]
     fewer = metrics.get("calibration", {})
     if any(count < metrics["images"]["source"][kind] for kind, count in fewer.items()):
         used = ", ".join(f"{count} {kind}" for kind, count in fewer.items())
