@@ -36,7 +36,9 @@ RESNET20 = (
 )
 MOBILENET = "package:mobilenet_v2 --evaluate {assets}/data/nips2017"
 LITERATURE = "--placement literature"
-ONE, TEN, MANY = (f"--calibration {{build}}/cifar10_train_{kind}_{{seed}}.npz" for kind in ("1_a_class", "10_a_class", "256"))
+ONE, TEN, MANY, MORE = (
+    f"--calibration {{build}}/cifar10_train_{kind}_{{seed}}.npz" for kind in ("1_a_class", "10_a_class", "256", "1024")
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,18 @@ for table, number in ((FRESH_FOUR, 4), (FRESH_THREE, 3)):
             table, "fdda", "1 image a class", f"{FRESH} {bits(number)} --recipe fdda --set real_share=0.5 {ONE}"
         ),
     }
+# What `best` chooses, without data and with 1,024 real images.
+for weights, activations in ((4, 4), (3, 3), (2, 4), (2, 2)):
+    chosen = f"{RESNET20} --recipe best --weight-bits {weights} --activation-bits {activations}"
+    table = f"W{weights}A{activations}, 8-bit ends, integer, exported"
+    ROWS |= {
+        f"best-{weights}{activations}": Row(table, "best", "none", chosen),
+        f"best-real-{weights}{activations}": Row(table, "best", "1,024 real images", f"{chosen} {MORE}"),
+    }
+ROWS |= {
+    "best-literature": Row(FOUR, "best", "none", f"{RESNET20} {LITERATURE} {bits(4)} --recipe best"),
+    "best-48": Row("W4A8, 8-bit ends, integer, exported", "best (gptq)", "none", f"{RESNET20} --recipe best --weight-bits 4"),
+}
 # Each term by itself, at W3A3: what the others would do without it.
 ABLATIONS = {
     "gdfq-real-3": ("gdfq with fdda's real images", "1 image a class", f"--recipe gdfq --set real_share=0.35 {ONE}"),
@@ -185,7 +199,7 @@ def prepare(assets: Path, seeds: list[int]) -> None:
     images, labels = cifar10(assets, "train10k")
     for seed in seeds:
         order = np.random.default_rng(seed).permutation(len(labels))
-        sets = {"256": order[:256]}
+        sets = {"256": order[:256], "1024": order[:1024]}
         for number in (1, 10):
             sets[f"{number}_a_class"] = np.concatenate([order[labels[order] == label][:number] for label in range(10)])
         for name, chosen in sets.items():
