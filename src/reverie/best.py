@@ -26,7 +26,7 @@ from reverie.errors import ConfigError
 from reverie.images import Images
 from reverie.models import Network
 from reverie.progress import Progress, Silent, duration_text
-from reverie.recipe import Quantization, Recipe, read
+from reverie.recipe import Recipe, read
 from reverie.runs import read_record
 from reverie.stages import as_teacher
 from reverie.synthesis import Teacher
@@ -77,8 +77,10 @@ def choose(
         ConfigError: An override is wrong, or too few minutes for any recipe.
     """
     wanted = dict(overrides or {})
-    own = {key: value for key, value in wanted.items() if key.startswith("quantization.")}
-    candidates = _candidates(read("zeroq", own).quantization, network, 0 if calibration is None else len(calibration))
+    own = {key: value for key, value in wanted.items() if key.startswith(("quantization.", "mixed_precision."))}
+    # Where bits are means, the methods are those for the bits that most tensors will have at least.
+    weights, activations = map(int, read("zeroq", own).mean_bits)
+    candidates = _candidates(weights, activations, network, 0 if calibration is None else len(calibration))
     if minutes is None or len(candidates) == 1:
         return candidates[0]
     teacher = as_teacher(network, device)
@@ -117,37 +119,41 @@ def _verdict(
     return f"{choice.preset} would take about {duration_text(60 * minutes / schedule.factor)}"
 
 
-def _candidates(bits: Quantization, network: Network, real: int) -> list[Choice]:
+def _candidates(weights: int, activations: int, network: Network, real: int) -> list[Choice]:
     """Better ones first."""
     images, why = _images(network, real)
-    if bits.weight_bits == 8 and bits.activation_bits == 8:
+    if weights == activations == 8:
         return [
-            Choice("zeroq", images | _bits(bits), ("8 bits: nearest rounding and corrected biases lose next to nothing", *why))
+            Choice(
+                "zeroq",
+                images | _bits(weights, activations),
+                ("8 bits: nearest rounding and corrected biases lose next to nothing", *why),
+            )
         ]
     gptq = Choice(
         "gptq",
-        images | _bits(bits),
+        images | _bits(weights, activations),
         ("gptq: weights rounded by second moments, as good as learned layer by layer and in seconds", *why),
     )
-    if bits.activation_bits == 8 and bits.weight_bits > 2:
+    if activations == 8 and weights > 2:
         return [gptq]
-    coarse = bits.activation_bits == 2
+    coarse = activations == 2
     blocks: dict[str, Any] = {"activations.method": "mse"} if coarse else {}
-    if bits.activation_bits == 8:
+    if activations == 8:
         blocks["activations.percentile"] = 99.99
     blocks["reconstruction.range_rate"] = 1e-2 if coarse else 3e-3
-    named = f"W{bits.weight_bits}A{bits.activation_bits}"
+    named = f"W{weights}A{activations}"
     qdrop = Choice(
         "qdrop",
-        images | _bits(bits) | blocks,
+        images | _bits(weights, activations) | blocks,
         (f"qdrop: at {named} codes and ranges are learned together, block by block, half of all values unquantized", *why),
     )
     return [qdrop, gptq]
 
 
-def _bits(bits: Quantization) -> dict[str, Any]:
+def _bits(weights: int, activations: int) -> dict[str, Any]:
     """Recipes come with bits of their own."""
-    return {"quantization.weight_bits": bits.weight_bits, "quantization.activation_bits": bits.activation_bits}
+    return {"quantization.weight_bits": weights, "quantization.activation_bits": activations}
 
 
 def _images(network: Network, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:

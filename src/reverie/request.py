@@ -10,6 +10,7 @@ from reverie.errors import ConfigError
 from reverie.images import Images
 from reverie.models import Network
 from reverie.recipe import Recipe
+from reverie.recovery.allocation import require_solver
 from reverie.stages import check_device, composition, method_name, reads_capsule, synthesizes
 from reverie.synthesis import lacks_batch_norm, lacks_capsule
 from reverie.synthesis._capsule import Capsule
@@ -40,6 +41,8 @@ def check(
             "the literature placement must not be exported, got export = "
             f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
         )
+    if recipe.mixed_precision.chooses:
+        require_solver()
     if reads_capsule(recipe) and not (calibrated or capsule):
         raise lacks_capsule(network.name, method_name(recipe))
     if capsule and not recipe.synthesis.needs_capsule:
