@@ -181,8 +181,14 @@ def test_bits_of_a_tensor_that_is_not_there_leave_nothing_behind(tiny_cnn, tmp_p
 
 
 def test_without_scipy_the_run_is_refused_before_anything_is_done(tiny_cnn, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.delitem(sys.modules, "scipy.optimize", raising=False)
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name == "scipy":
+                raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "scipy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     recipe = read("zeroq", QUICK | {"mixed_precision.effective_bits": 3})
     with pytest.raises(ModelError) as caught:
         pipeline.run(recipe, tiny_cnn(), output=tmp_path / "run")
