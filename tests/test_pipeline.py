@@ -24,7 +24,7 @@ from reverie.progress import Silent
 from reverie.recipe import from_tables, presets, read, tables, to_toml
 from reverie.stages import as_teacher, student_of
 
-QUICK = {"images": 16, "held_out": 8, "synthesis.steps": 20, "synthesis.batch": 8}
+QUICK = {"images": 16, "held_out": 8, "estimate_images": 8, "synthesis.steps": 20, "synthesis.batch": 8}
 
 
 @pytest.fixture
@@ -71,6 +71,21 @@ def test_without_labels_accuracy_is_unknown_and_agreement_is_given(tiny_cnn, qui
     assert set(done.metrics["agreement"]) == {"synthetic"}
 
 
+def test_without_labels_the_drop_is_estimated_on_images_of_another_method(tiny_cnn, quick, tmp_path):
+    network = tiny_cnn()
+    found = run(quick, network, output=tmp_path / "run").metrics["estimate"]
+    assert found["source"] == "dsg" and found["images"] == 8
+    assert 0 <= found["low"] <= found["drop"] <= found["high"] < 1
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert f"{100 * found['drop']:.1f} points" in report and "The drop of accuracy is an estimate" in report
+    labelled = run(quick, network, output=tmp_path / "labelled", evaluation=network.held_out())
+    assert labelled.metrics["estimate"] is None
+    asked = run(replace(quick, estimate_images=0), network, output=tmp_path / "unasked")
+    assert asked.metrics["estimate"] is None
+    for other in (labelled, asked):
+        assert (other.path / "network.safetensors").read_bytes() == (tmp_path / "run" / "network.safetensors").read_bytes()
+
+
 @pytest.mark.slow
 def test_the_same_recipe_and_seed_give_the_same_bytes_and_another_seed_others(tiny_cnn, quick, tmp_path):
     first, second = (run(quick, tiny_cnn(), output=tmp_path / name).path for name in ("first", "second"))
@@ -106,8 +121,8 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(tiny_cnn, tmp_path):
             if self._left < 0:
                 raise Stopped
 
-    # In the first and in the second batch of images, in the held-out ones, and in the rounding.
-    for number, after in enumerate((5, 25, 50, 75)):
+    # In the first and in the second batch of images, in the held-out ones, in those for the estimate, and in the rounding.
+    for number, after in enumerate((5, 25, 50, 75, 125)):
         output = tmp_path / f"stopped-{number}"
         with pytest.raises(Stopped):
             run(recipe, tiny_cnn(), output=output, progress=Stopping(after))
@@ -115,6 +130,8 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(tiny_cnn, tmp_path):
         resumed = run(recipe, tiny_cnn(), output=output).path
         for file in ("images.safetensors", "network.safetensors", "network.onnx"):
             assert (resumed / file).read_bytes() == (whole / file).read_bytes(), (after, file)
+        estimates = [json.loads((path / "metrics.json").read_text())["estimate"] for path in (resumed, whole)]
+        assert estimates[0] == estimates[1] is not None
         assert not (resumed / "checkpoints").exists()
 
 

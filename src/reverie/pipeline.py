@@ -46,6 +46,7 @@ from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
 from reverie.stages import (
     as_teacher,
     check_bits,
+    estimating,
     method_name,
     share_weights,
     source_of,
@@ -57,7 +58,7 @@ from reverie.stages import (
 from reverie.synthesis import Streaming, Teacher
 from reverie.synthesis._capsule import Capsule, save_capsule
 
-_IMAGE_SETS = ("images", "held-out")
+_IMAGE_SETS = ("images", "held-out", "estimate")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def run(
     check(recipe, network, calibrated=calibration is not None, capsule=capsule is not None, device=device, budget=budget)
     sets = {"calibration": calibration, "evaluation": evaluation, "unlabelled": unlabelled}
     given = {name: images_digest(part) for name, part in sets.items()} | {"capsule": capsule_digest(capsule)}
+    labelled = evaluation is not None and evaluation.labels is not None and len(evaluation) > 0
     given["budget"] = "none" if budget is None else f"{budget:g} min"
     folder = Path(output or default_output(network.name, *recipe.mean_bits))
     with _working_in(folder, recipe, network, device, given) as directory:
@@ -121,7 +123,7 @@ def run(
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         if choice is not None:
             directory.note(choice=asdict(choice))
-        progress.plan(_plan(recipe))
+        progress.plan(_plan(recipe, labelled=labelled))
         with _timed(directory, "capture"):
             with _free_if_refused(directory):
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
@@ -131,8 +133,11 @@ def run(
         if budget is not None:
             recipe = _within(budget, recipe, teacher, calibration, directory, progress)
         with _timed(directory, "synthesize"):
-            images = _images(recipe, teacher, directory, "images", progress)
-            held_out = _images(recipe, teacher, directory, "held-out", progress)
+            images = _images(recipe, teacher, directory, "images", recipe.images, progress)
+            held_out = _images(recipe, teacher, directory, "held-out", recipe.held_out, progress)
+            foreign = None
+            if teacher.batch_norms and not labelled:
+                foreign = _images(estimating(recipe, network.input), teacher, directory, "estimate", recipe.estimate_images, progress)
             if images is not None:
                 write_images(images, teacher, directory.path, limit=32)
         parts = {method_name(recipe): images, "real": _answered(calibration, teacher)}
@@ -158,6 +163,7 @@ def run(
                 quantized,
                 network.input.shape,
                 seen or {"calibration": everything},
+                foreign=foreign,
                 onnx=unproven,
                 packed=packed,
                 float_file=directory.checkpoint("float.onnx"),
@@ -208,7 +214,7 @@ def run_synthesis(
         with _timed(directory, "capture"), _free_if_refused(directory):
             teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
         with _timed(directory, "synthesize"):
-            images = _images(recipe, teacher, directory, "images", progress)
+            images = _images(recipe, teacher, directory, "images", recipe.images, progress)
             assert images is not None
             write_images(images, teacher, directory.path, limit=None)
         about = gallery.about({method_name(recipe): images}, teacher, calibration, directory.path / "plots")
@@ -253,9 +259,9 @@ def _free_if_refused(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
-def _plan(recipe: Recipe) -> dict[str, float]:
+def _plan(recipe: Recipe, *, labelled: bool) -> dict[str, float]:
     """The stages that take time, with relative costs as seen on small networks."""
-    plan = {"synthesize": 6.0} if synthesizes(recipe) else {}
+    plan = {"synthesize": 6.0} if synthesizes(recipe) or (recipe.estimate_images and not labelled) else {}
     if synthesizes(recipe) and isinstance(recipe.synthesis, Streaming):
         plan["refine"] = 5.0
     plan |= {"sensitivity": 0.5} if recipe.mixed_precision.chooses else {}
@@ -352,11 +358,12 @@ def _decision(
     return decision
 
 
-def _images(recipe: Recipe, teacher: Teacher, directory: RunDirectory, name: str, progress: Progress) -> Images | None:
-    count = recipe.images if name == "images" else recipe.held_out
+def _images(
+    recipe: Recipe, teacher: Teacher, directory: RunDirectory, name: str, count: int, progress: Progress
+) -> Images | None:
     if not count:
         return None
-    file = directory.path / "images.safetensors" if name == "images" else directory.checkpoint("held-out.safetensors")
+    file = directory.path / "images.safetensors" if name == "images" else directory.checkpoint(f"{name}.safetensors")
     if directory.done(name) and file.is_file():
         return load_images(file)
     began = time.perf_counter()
@@ -386,7 +393,7 @@ def _facts(network: Network) -> dict[str, Any]:
 
 def _cost(directory: RunDirectory, device: str) -> dict[str, Any]:
     """Seconds by stage, of all processes that worked on the run, and this one's peak memory."""
-    # The two sets of images are parts of the stage that makes them.
+    # The sets of images are parts of the stage that makes them.
     stages = {name: facts["seconds"] for name, facts in directory.record["stages"].items() if name not in _IMAGE_SETS}
     return {"seconds": stages, "peak_memory_bytes": peak_memory(device)}
 

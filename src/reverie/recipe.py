@@ -40,6 +40,9 @@ from reverie.rounding.nearest import Nearest
 from reverie.synthesis import Synthesis
 from reverie.synthesis.zeroq import ZeroQ
 
+# Fewer images do not tell how much they differ.
+_LEAST_TO_ESTIMATE_ON = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
@@ -85,6 +88,8 @@ class Recipe:
         calibration_images: At most so many of the synthetic and of the real images, evenly from all, decide ranges, adaptation, rounding and
             bias correction, which hold in memory what the network computes of them; distillation sees all.
         held_out: Synthetic images, from another seed, on which agreement is measured.
+        estimate_images: Synthetic images, by another method and from another seed, on which the drop of accuracy is estimated where
+            there are no labels; 0 for no estimate.
         real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 0.9, or 1; 0 means
             in proportion to their numbers, but at most half of a batch of distillation.
         synthesis, activations, weights, rounding, export: The methods.
@@ -96,6 +101,7 @@ class Recipe:
     images: int = 64
     calibration_images: int = 256
     held_out: int = 32
+    estimate_images: int = 32
     real_share: float = 0.0
     synthesis: Synthesis = field(default_factory=ZeroQ)
     quantization: Quantization = field(default_factory=Quantization)
@@ -110,7 +116,12 @@ class Recipe:
     export: Exporter | None = None
 
     def __post_init__(self) -> None:
-        check_range(self, images=(0, math.inf), calibration_images=(1, math.inf), held_out=(0, math.inf), real_share=(0, 1))
+        counts = dict.fromkeys(("images", "held_out", "estimate_images"), (0, math.inf))
+        check_range(self, **counts, calibration_images=(1, math.inf), real_share=(0, 1))
+        if 0 < self.estimate_images < _LEAST_TO_ESTIMATE_ON:
+            raise ConfigError(
+                f"estimate_images must be at least {_LEAST_TO_ESTIMATE_ON}, or 0, got {self.estimate_images}; fewer do not tell how much they differ"
+            )
         if 0.9 < self.real_share < 1:
             raise ConfigError(
                 f"real_share must be at most 0.9, or 1, got {self.real_share}; beside a fixed number of synthetic images a batch "

@@ -14,6 +14,7 @@ LABELLED = {
         "quantized": {"difference": -0.01, "low": -0.025, "high": 0.005},
         "exported": {"difference": -0.015, "low": -0.03, "high": 0.0},
     },
+    "estimate": None,
     "agreement": {
         "synthetic": {"images": 32, "quantized": 1.0, "exported": 0.96875},
         "evaluation": {"images": 200, "quantized": 0.98, "exported": 0.975},

@@ -17,6 +17,28 @@ def test_the_headline_without_labels_gives_agreement_and_says_that_accuracy_is_u
     )
 
 
+@pytest.mark.parametrize(
+    ("drop", "high", "said"),
+    [
+        (0.018, 0.041, "1.8 points (90 % interval 0.6 to 4.1)"),
+        (None, None, "more than 0.6 points (further than the estimate was calibrated)"),
+    ],
+)
+def test_the_headline_without_labels_gives_the_estimate_of_the_drop(unlabelled, drop, high, said):
+    unlabelled["estimate"] = {"source": "dsg", "images": 32, "distance": 0.0931, "drop": drop, "low": 0.006, "high": high}
+    assert outcome.headline(unlabelled).startswith(
+        "tiny at W4A8 gives the class of full precision on 96.88 % of 32 held-out synthetic images; "
+        f"without labels, its accuracy is estimated to be lower by {said}. The file is "
+    )
+    assert outcome.notes(unlabelled)[2] == f"estimated drop: {said}, from answers that are 0.0931 apart on 32 dsg images"
+
+
+def test_with_labels_the_truth_is_the_headline(labelled):
+    before = outcome.headline(labelled)
+    labelled["estimate"] = {"source": "dsg", "images": 32, "distance": 0.09, "drop": 0.018, "low": 0.006, "high": 0.041}
+    assert outcome.headline(labelled) == before
+
+
 def test_the_headline_owns_up_to_a_slower_file(labelled):
     labelled["latency_ms"]["ratio"] = 0.8
     assert outcome.headline(labelled).endswith("it runs at 0.80 of the speed of the FP32 file in ONNX Runtime.")

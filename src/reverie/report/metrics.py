@@ -21,6 +21,7 @@ from reverie.graph.integer import as_integers
 from reverie.graph.quantized import QuantizedNetwork
 from reverie.images import Images
 from reverie.progress import Progress
+from reverie.report.estimate import CALIBRATED, distances
 from reverie.report.measure import accuracy, agreement, latency, paired_interval, sizes
 
 # Codes of every tensor are compared on so many images; more would only repeat the same arithmetic.
@@ -38,12 +39,14 @@ def collect(
     onnx: Path | None,
     packed: Path,
     float_file: Path,
+    foreign: Images | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Accuracy, agreement, parity, size and latency.
+    """Accuracy, or the estimate of its drop, agreement, parity, size and latency.
 
     Args:
         sets: Images by what they are; those named "evaluation" have labels.
+        foreign: Images to estimate the drop of accuracy on (`estimate.py`), if it is to be.
         onnx: The exported model, if there is one.
         packed: The native checkpoint.
         float_file: Where the full-precision ONNX file to compare with may be written.
@@ -52,7 +55,15 @@ def collect(
         ExportError: ONNX Runtime does not compute what the student does, or computes a layer in float.
     """
     found: dict[str, Any] = {name: {"top1": None} for name in ("full_precision", "quantized", "exported")}
-    found |= {"difference": {}, "agreement": {}, "divergence": {}, "parity": None, "bytes": {}, "latency_ms": None}
+    found |= {
+        "difference": {},
+        "agreement": {},
+        "divergence": {},
+        "parity": None,
+        "bytes": {},
+        "latency_ms": None,
+        "estimate": None,
+    }
     if onnx is not None:
         session = verify.open_session(onnx, threads=torch.get_num_threads())
         probes = torch.cat([part.inputs[: max(1, _PARITY_IMAGES // len(sets))] for part in sets.values()])
@@ -66,7 +77,8 @@ def collect(
     }
     if onnx is not None:
         models["exported"] = partial(verify.predict, session, batch=BATCH)
-    with progress.stage("evaluate", total=max(1, sum(-(-len(part) // BATCH) for part in sets.values()))) as step:
+    steps = sum(-(-len(part) // BATCH) for part in sets.values()) + (foreign is not None)
+    with progress.stage("evaluate", total=max(1, steps)) as step:
         for name, part in sets.items():
             scores = score(models, part, step)
             found["agreement"][name] = {"images": len(part)} | scores["agreement"]
@@ -74,6 +86,14 @@ def collect(
             if name == "evaluation" and part.labels is not None:
                 found |= {key: {"top1": value, "images": len(part)} for key, value in scores["top1"].items()}
                 found["difference"] = scores["difference"]
+        if foreign is not None:
+            best = models["quantized" if onnx is None else "exported"]
+            answers = (
+                torch.cat([model(part) for part in torch.split(foreign.inputs, BATCH)])
+                for model in (models["full_precision"], best)
+            )
+            found["estimate"] = {"source": foreign.sources[0], **asdict(CALIBRATED(distances(*answers)))}
+            step()
     found["bytes"] = {"network": packed.stat().st_size}
     if onnx is not None:
         export_float(reference, shape, float_file)

@@ -110,6 +110,8 @@ def _cards(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     if metrics[best]["top1"] is not None:
         full = outcome.percent(metrics["full_precision"]["top1"])
         cards.append(("accuracy", outcome.percent(metrics[best]["top1"]), f"full precision {full}"))
+    elif metrics["estimate"] is not None:
+        cards.append(("accuracy lost, estimated", *outcome.estimate_parts(metrics["estimate"])))
     if metrics["agreement"]:
         kind, answers = list(metrics["agreement"].items())[-1]
         share = answers.get("exported", answers["quantized"])
@@ -225,6 +227,11 @@ def _caveats(metrics: dict[str, Any], record: dict[str, Any]) -> list[str]:
         found.append(
             "Accuracy and its interval are about images like the labelled ones given, with one set of synthetic images; another "
             "seed gives slightly other weights."
+        )
+    if metrics["estimate"] is not None:
+        found.append(
+            "The drop of accuracy is an estimate: how much the answers change on synthetic images of another kind, and what such a change "
+            "meant for networks whose labels are known. For images unlike those that the network was trained on it says nothing."
         )
     if "synthetic" in metrics["agreement"]:
         found.append(
