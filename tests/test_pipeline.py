@@ -71,10 +71,10 @@ def test_without_labels_accuracy_is_unknown_and_agreement_is_given(tiny_cnn, qui
     assert set(done.metrics["agreement"]) == {"synthetic"}
 
 
-def test_without_labels_the_drop_is_estimated_on_images_of_another_method(tiny_cnn, quick, tmp_path):
+def test_without_labels_the_drop_is_estimated_on_images_made_for_it(tiny_cnn, quick, tmp_path):
     network = tiny_cnn()
     found = run(quick, network, output=tmp_path / "run").metrics["estimate"]
-    assert found["source"] == "dsg" and found["images"] == 8
+    assert found["images"] == 8
     assert 0 <= found["low"] <= found["drop"] <= found["high"] < 1
     report = (tmp_path / "run" / "report.html").read_text()
     assert f"{100 * found['drop']:.1f} points" in report and "The drop of accuracy is an estimate" in report

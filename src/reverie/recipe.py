@@ -88,8 +88,8 @@ class Recipe:
         calibration_images: At most so many of the synthetic and of the real images, evenly from all, decide ranges, adaptation, rounding and
             bias correction, which hold in memory what the network computes of them; distillation sees all.
         held_out: Synthetic images, from another seed, on which agreement is measured.
-        estimate_images: Synthetic images, by another method and from another seed, on which the drop of accuracy is estimated where
-            there are no labels; 0 for no estimate.
+        estimate_images: Synthetic images, made otherwise and from another seed, on which the drop of accuracy is estimated where there
+            are no labels; 0 for no estimate.
         real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 0.9, or 1; 0 means
             in proportion to their numbers, but at most half of a batch of distillation.
         synthesis, activations, weights, rounding, export: The methods.

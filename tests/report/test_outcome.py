@@ -25,17 +25,17 @@ def test_the_headline_without_labels_gives_agreement_and_says_that_accuracy_is_u
     ],
 )
 def test_the_headline_without_labels_gives_the_estimate_of_the_drop(unlabelled, drop, high, said):
-    unlabelled["estimate"] = {"source": "dsg", "images": 32, "distance": 0.0931, "drop": drop, "low": 0.006, "high": high}
+    unlabelled["estimate"] = {"images": 32, "distance": 0.0931, "drop": drop, "low": 0.006, "high": high}
     assert outcome.headline(unlabelled).startswith(
         "tiny at W4A8 gives the class of full precision on 96.88 % of 32 held-out synthetic images; "
         f"without labels, its accuracy is estimated to be lower by {said}. The file is "
     )
-    assert outcome.notes(unlabelled)[2] == f"estimated drop: {said}, from answers that are 0.0931 apart on 32 dsg images"
+    assert outcome.notes(unlabelled)[2] == f"estimated drop: {said}, from answers that are 0.0931 apart on 32 images made for it"
 
 
 def test_with_labels_the_truth_is_the_headline(labelled):
     before = outcome.headline(labelled)
-    labelled["estimate"] = {"source": "dsg", "images": 32, "distance": 0.09, "drop": 0.018, "low": 0.006, "high": 0.041}
+    labelled["estimate"] = {"images": 32, "distance": 0.09, "drop": 0.018, "low": 0.006, "high": 0.041}
     assert outcome.headline(labelled) == before
 
 

@@ -1,7 +1,7 @@
 """How much accuracy a quantized network has lost, estimated without a label.
 
-What is looked at is how far the student's answer p' is from the teacher's p on synthetic images of another method and another
-seed than those it learned from: the mean total variation distance over the images,
+What is looked at is how far the student's answer p' is from the teacher's p on synthetic images that are made otherwise, and from
+another seed, than those it learned from: the mean total variation distance over the images,
 
     f = mean_i 1/2 sum_c |p_ic - p'_ic|,                                  0 to 1
 

@@ -92,7 +92,7 @@ def collect(
                 torch.cat([model(part) for part in torch.split(foreign.inputs, BATCH)])
                 for model in (models["full_precision"], best)
             )
-            found["estimate"] = {"source": foreign.sources[0], **asdict(CALIBRATED(distances(*answers)))}
+            found["estimate"] = asdict(CALIBRATED(distances(*answers)))
             step()
     found["bytes"] = {"network": packed.stat().st_size}
     if onnx is not None:

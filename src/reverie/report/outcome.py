@@ -110,9 +110,9 @@ def estimate_parts(estimate: dict[str, Any]) -> tuple[str, str]:
 
 
 def estimate_text(estimate: dict[str, Any]) -> str:
-    """Such as `1.8 points (90 % interval 0.6 to 4.1), from answers that are 0.093 apart on 32 dsg images`."""
+    """Such as `1.8 points (90 % interval 0.6 to 4.1), from answers that are 0.093 apart on 32 images made for it`."""
     value, interval = estimate_parts(estimate)
-    apart = f"answers that are {estimate['distance']:.3g} apart on {estimate['images']} {estimate['source']} images"
+    apart = f"answers that are {estimate['distance']:.3g} apart on {estimate['images']} images made for it"
     return f"{value} ({interval}), from {apart}"
 
 
