@@ -78,7 +78,7 @@ def quantize(
         settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable, and wins over the flags.
         json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
     """
-    name, why = _recipe_name(recipe, weight_bits, settings)
+    name, why = recipe_name(recipe, weight_bits, settings)
     resolved = read_recipe(
         name,
         settings,
@@ -128,7 +128,7 @@ def quantize(
         _show(run)
 
 
-def _recipe_name(recipe: str | None, weight_bits: int | None, settings: Settings) -> tuple[str, str]:
+def recipe_name(recipe: str | None, weight_bits: int | None, settings: Settings) -> tuple[str, str]:
     """The recipe's name, and what to say about how it was chosen."""
     if recipe is not None:
         return recipe, ""
