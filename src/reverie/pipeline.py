@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from reverie.budget import Schedule, check_budget, fit
 from reverie.checkpoints import Folder
 from reverie.errors import ConfigError
 from reverie.export._packed import write_packed
+from reverie.graph.placement import Student
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.images import Images
 from reverie.images.store import contact_sheet, load_images, save_images, save_pngs
@@ -30,10 +31,12 @@ from reverie.models import Network
 from reverie.progress import Progress, Silent
 from reverie.randomness import Seed
 from reverie.recipe import Recipe, to_toml
+from reverie.recovery.allocation import require_solver
 from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
 from reverie.recovery.clipping import clip_activations, excite
 from reverie.recovery.distillation import distil
+from reverie.recovery.mixed_precision import Decision, choose_bits
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights
 from reverie.report import gallery
@@ -42,6 +45,7 @@ from reverie.report.render import render
 from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
 from reverie.stages import (
     as_teacher,
+    check_bits,
     check_device,
     method_name,
     reads_capsule,
@@ -111,8 +115,7 @@ def run(
     sets = {"calibration": calibration, "evaluation": evaluation, "unlabelled": unlabelled}
     given = {name: _digest(part) for name, part in sets.items()} | {"capsule": _capsule_digest(capsule)}
     given["budget"] = "none" if budget is None else f"{budget:g} min"
-    bits = recipe.quantization
-    folder = Path(output or default_output(network.name, bits.weight_bits, bits.activation_bits))
+    folder = Path(output or default_output(network.name, *recipe.mean_bits))
     with _working_in(folder, recipe, network, device, given) as directory:
         if directory.is_complete:
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
@@ -120,6 +123,7 @@ def run(
         with _timed(directory, "capture"):
             with _free_if_refused(directory):
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
+                check_bits(recipe, teacher)
             if teacher.capsule is not None:
                 save_capsule(teacher.capsule, directory.path / "capsule.safetensors")
         if budget is not None:
@@ -251,6 +255,7 @@ def _plan(recipe: Recipe) -> dict[str, float]:
     plan = {"synthesize": 6.0} if synthesizes(recipe) else {}
     if synthesizes(recipe) and isinstance(recipe.synthesis, Streaming):
         plan["refine"] = 5.0
+    plan |= {"sensitivity": 0.5} if recipe.mixed_precision.chooses else {}
     plan |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
     if recipe.distillation.steps:
         plan["distil"] = 8.0
@@ -294,6 +299,8 @@ def check(
             "the literature placement must not be exported, got export = "
             f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
         )
+    if recipe.mixed_precision.chooses:
+        require_solver()
     if reads_capsule(recipe) and not (calibrated or capsule):
         raise lacks_capsule(network.name, method_name(recipe))
     if capsule and not recipe.synthesis.needs_capsule:
@@ -324,10 +331,15 @@ def quantize(
         images: The sets by name; "real" are the user's own.
     """
     settings = recipe.quantization
-    reference, student = student_of(teacher.graph, settings)
+    reference, student = student_of(teacher.graph, settings, recipe.bits)
     few = {name: part.evenly(recipe.calibration_images) for name, part in images.items()}
     inputs = torch.cat([part.inputs for part in few.values()]).to(teacher.device)
     checkpoint, seed = directory.checkpoint, Seed(recipe.seed)
+    learned: dict[str, Any] = {"calibration": {name: len(part) for name, part in few.items()}}
+    if recipe.mixed_precision.chooses:
+        decision = _decision(recipe, reference, student, inputs, checkpoint("bits.json"), progress)
+        reference, student = student_of(teacher.graph, settings, decision.bits)
+        learned["mixed_precision"] = decision.as_dict()
     if recipe.clipping.images:
         parts = Folder(checkpoint("excited"))
         excited = excite(teacher, recipe.clipping, seed=seed.at("excite"), checkpoints=parts, progress=progress)
@@ -335,7 +347,6 @@ def quantize(
     else:
         calibrate_activations(reference, student, inputs, recipe.activations, batch=64, progress=progress)
     calibrate_weights(student, recipe.weights)
-    learned: dict[str, Any] = {"calibration": {name: len(part) for name, part in few.items()}}
     if recipe.distillation.steps:
         if settings.batch_norm_adaptation:
             adapt_batch_norms(reference, student, inputs, fix_codes=False, progress=progress)
@@ -360,6 +371,27 @@ def quantize(
     if settings.bias_correction:
         correct_biases(reference, student, inputs, progress=progress)
     return reference, finish(student), learned
+
+
+def _decision(
+    recipe: Recipe, reference: fx.GraphModule, student: Student, inputs: Tensor, file: Path, progress: Progress
+) -> Decision:
+    """The bits of every tensor, as the first process of the run that came so far chose them."""
+    if file.is_file():
+        return Decision.from_dict(json.loads(file.read_text()))
+    decision = choose_bits(
+        reference,
+        student,
+        inputs,
+        recipe.mixed_precision,
+        fixed=recipe.bits,
+        activations=recipe.activations,
+        weights=recipe.weights,
+        seed=Seed(recipe.seed, ("sensitivity",)),
+        progress=progress,
+    )
+    atomic_json(file, decision.as_dict())
+    return decision
 
 
 def _images(recipe: Recipe, teacher: Teacher, directory: RunDirectory, name: str, progress: Progress) -> Images | None:

@@ -26,13 +26,14 @@ from pydantic import TypeAdapter, ValidationError
 from reverie import export, observers, plugins, recipes, rounding, synthesis
 from reverie.errors import ConfigError, at, check_range, unknown
 from reverie.export import Exporter
-from reverie.graph.placement import PlacementKind
+from reverie.graph.placement import Bits, PlacementKind
 from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.observers import Observer
 from reverie.observers.mse import Mse
 from reverie.observers.percentile import Percentile
 from reverie.recovery.clipping import Clipping
 from reverie.recovery.distillation import Distillation
+from reverie.recovery.mixed_precision import MixedPrecision
 from reverie.recovery.reconstruction import Reconstruction
 from reverie.rounding import Rounding
 from reverie.rounding.nearest import Nearest
@@ -46,7 +47,7 @@ class Quantization:
 
     Args:
         placement: "integer" (what an integer runtime executes) or "literature" (for comparison with papers).
-        weight_bits, activation_bits: 2 to 8.
+        weight_bits, activation_bits: 2 to 8; not read where `mixed_precision` chooses.
         end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
         equalize: Cross-layer equalization before anything else.
         bias_correction: Give every channel its mean back after rounding.
@@ -85,7 +86,8 @@ class Recipe:
         real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 0.9, or 1; 0 means
             in proportion to their numbers, but at most half of a batch of distillation.
         synthesis, activations, weights, rounding, export: The methods.
-        quantization, clipping, reconstruction, distillation: The numbers of the stages.
+        quantization, mixed_precision, clipping, reconstruction, distillation: The numbers of the stages.
+        bits: Of single tensors by name, such as `weights = {fc = 8}`; they win over all else.
     """
 
     seed: int = 0
@@ -95,6 +97,8 @@ class Recipe:
     real_share: float = 0.0
     synthesis: Synthesis = field(default_factory=ZeroQ)
     quantization: Quantization = field(default_factory=Quantization)
+    bits: Bits = field(default_factory=Bits)
+    mixed_precision: MixedPrecision = field(default_factory=MixedPrecision)
     activations: Observer = field(default_factory=Percentile)
     weights: Observer = field(default_factory=Mse)
     rounding: Rounding = field(default_factory=Nearest)
@@ -119,6 +123,13 @@ class Recipe:
         return self.real_share or min(real / (real + synthetic), 0.5)
 
     @property
+    def mean_bits(self) -> tuple[float, float]:
+        """Bits of weights and of activations; where they are chosen, their mean."""
+        settings, mixed = self.quantization, self.mixed_precision
+        weights = mixed.effective_bits or settings.weight_bits
+        return float(weights), float(mixed.effective_activation_bits or settings.activation_bits)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the resolved recipe, 16 hex digits."""
         return hashlib.sha256(to_toml(self).encode()).hexdigest()[:16]
@@ -134,6 +145,8 @@ _PACKAGES: dict[str, ModuleType] = {
 }
 _TABLES: dict[str, type[Any]] = {
     "quantization": Quantization,
+    "bits": Bits,
+    "mixed_precision": MixedPrecision,
     "reconstruction": Reconstruction,
     "clipping": Clipping,
     "distillation": Distillation,
@@ -247,6 +260,9 @@ def _hint(kind: type[Any], name: str) -> Any:
 def _valid(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} must be finite, got {value!r}")
+    if isinstance(value, list):
+        # TOML has no tuples.
+        value = tuple(value)
     try:
         return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int) or isinstance(value, bool))
     except ValidationError as error:
@@ -284,6 +300,8 @@ def _literal(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
     return repr(value)

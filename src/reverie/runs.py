@@ -96,12 +96,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def default_output(network: str, weight_bits: int, activation_bits: int) -> Path:
-    """Where a run goes that was told nothing: `runs/embedded-digits-w4a8`, `runs/nets-resnet20-w8a8`."""
+def default_output(network: str, weight_bits: int | float, activation_bits: int | float) -> Path:
+    """Where a run goes that was told nothing: `runs/embedded-digits-w4a8`, `runs/nets-resnet20-w2.5a8`."""
     if network.rpartition(":")[0].endswith(".py"):
         network = Path(network).name.replace(".py:", "-")
     words = re.sub(r"[^A-Za-z0-9._]+", "-", network).strip("-.")
-    return Path("runs") / f"{words}-w{weight_bits}a{activation_bits}"
+    return Path("runs") / f"{words}-w{weight_bits:g}a{activation_bits:g}"
 
 
 def check_output(path: Path, identity: dict[str, str] | None = None) -> None:

@@ -16,7 +16,7 @@ from reverie.errors import ConfigError, at
 from reverie.graph.capture import capture
 from reverie.graph.equalize import equalize
 from reverie.graph.fold import fold_batch_norms
-from reverie.graph.placement import Student, place
+from reverie.graph.placement import Bits, Student, place
 from reverie.images import Images
 from reverie.images.augment import Augmentation
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
@@ -24,6 +24,7 @@ from reverie.models import Network
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.recipe import Quantization, Recipe
+from reverie.recovery.mixed_precision import check_budgets
 from reverie.synthesis import ImageStream, Streaming, Teacher
 from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule
 
@@ -105,8 +106,12 @@ def stream_of(recipe: Recipe, method: Streaming, teacher: Teacher, folder: Path,
     return method.stream(teacher, seed=seed, checkpoints=Folder(folder / "images"), progress=progress)
 
 
-def student_of(graph: fx.GraphModule, settings: Quantization) -> tuple[fx.GraphModule, Student]:
-    """The full-precision graph that a student is compared with (folded and equalized if asked), and the student."""
+def student_of(graph: fx.GraphModule, settings: Quantization, bits: Bits | None = None) -> tuple[fx.GraphModule, Student]:
+    """The full-precision graph that a student is compared with (folded and equalized if asked), and the student.
+
+    Args:
+        bits: Of single tensors, where they are others than `settings` says.
+    """
     reference = fold_batch_norms(graph) if settings.placement == "integer" else graph
     if settings.equalize:
         reference = equalize(reference)
@@ -116,7 +121,19 @@ def student_of(graph: fx.GraphModule, settings: Quantization) -> tuple[fx.GraphM
         weight_bits=settings.weight_bits,
         activation_bits=settings.activation_bits,
         end_bits=settings.end_bits,
+        bits=bits,
     )
+
+
+def check_bits(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuses bits of tensors that are not there, and a mean of bits that cannot be reached.
+
+    Raises:
+        ConfigError: Names the tensor, or the least that can be reached.
+    """
+    if recipe.mixed_precision.chooses or recipe.bits != Bits():
+        reference, student = student_of(teacher.graph, replace(recipe.quantization, equalize=False), recipe.bits)
+        check_budgets(reference, student, teacher.input.shape, recipe.mixed_precision, recipe.bits)
 
 
 def share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:

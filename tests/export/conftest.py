@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from reverie.export.onnx import Onnx, export_float
 from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
-from reverie.graph.placement import place
+from reverie.graph.placement import Bits, place
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.graph.taps import tap
 from reverie.grid import affine_qparams, symmetric_qparams
@@ -52,9 +52,11 @@ class Patterns(nn.Module):
 
 
 @torch.no_grad()
-def quantize(graph: fx.GraphModule, images: Tensor, weights: int, activations: int, ends: int | None) -> QuantizedNetwork:
+def quantize(
+    graph: fx.GraphModule, images: Tensor, weights: int, activations: int, ends: int | None, bits: Bits | None = None
+) -> QuantizedNetwork:
     """The integer model with ranges from minimum to maximum."""
-    student = place(graph, "integer", weight_bits=weights, activation_bits=activations, end_bits=ends)
+    student = place(graph, "integer", weight_bits=weights, activation_bits=activations, end_bits=ends, bits=bits)
     for name, value in tap(graph, student.activations)(images).items():
         quantizer = student.activations[name]
         quantizer.set_qparams(*affine_qparams(value.min(), value.max(), quantizer.grid))

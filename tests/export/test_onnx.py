@@ -8,10 +8,11 @@ from torch import nn
 
 from reverie.errors import ExportError
 from reverie.export import _verify as verify
+from reverie.export._packed import stored_bits, write_packed
 from reverie.export.onnx import Onnx, export_float
 from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
-from reverie.graph.placement import place
+from reverie.graph.placement import Bits, place
 from reverie.graph.quantized import finish
 
 SHAPE = (3, 16, 16)
@@ -35,6 +36,26 @@ def test_onnxruntime_computes_every_tensor_to_a_step_of_the_student_and_all_in_i
     found = verify.kernels(path)
     assert found["QuantizeLinear"] == 1, "the input, and nothing else, is quantized at run time"
     assert not found.keys() & {"DequantizeLinear", "Conv", "Gemm", "Add", "Concat", "Relu", "Clip", "GlobalAveragePool"}
+
+
+def test_a_network_whose_tensors_all_have_bits_of_their_own_is_exported_exactly(patterns, quantizer, images, tmp_path):
+    uniform = quantizer(patterns, images, 4, 4, 8)
+    names = (list(uniform.layers), list(uniform.activations))
+    weights, activations = ({name: 2 + number % 7 for number, name in enumerate(part)} for part in names)
+    assert set(weights.values()) == set(activations.values()) == set(range(2, 9))
+    network = quantizer(patterns, images, 4, 4, 8, Bits(weights=weights, activations=activations))
+    path = tmp_path / "network.onnx"
+    Onnx()(network, SHAPE, path)
+    verify.assert_parity(verify.measure_parity(network, path, images))
+    verify.assert_integer(path, network)
+    tensors = stored(onnx.load(path))
+    for name, bits in weights.items():
+        layer = network.layers[name]
+        tensor = tensors[f"{layer.weight}_codes"]
+        assert onnx.TensorProto.DataType.Name(tensor.data_type) == ("INT4" if bits <= 4 else "INT8")
+        assert -(2 ** (bits - 1)) <= int(layer.codes.min()) and int(layer.codes.max()) < 2 ** (bits - 1)
+    write_packed(network, tmp_path / "network.safetensors")
+    assert stored_bits(tmp_path / "network.safetensors") == Bits(weights=weights, activations=activations)
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reverie.errors import ModelError
+from reverie.errors import ConfigError, ModelError
 from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
-from reverie.graph.placement import place
+from reverie.graph.placement import Bits, place
 from reverie.graph.quantized import finish
 from reverie.grid import Grid, symmetric_qparams
 
@@ -48,6 +48,33 @@ def calibrate_(student):
         weight = student.graph.get_buffer(student.layers[name].weight).flatten(1)
         scale, zero_point = symmetric_qparams(weight.amin(1), weight.amax(1), quantizer.grid)
         quantizer.set_qparams(scale.view_as(quantizer.scale), zero_point.view_as(quantizer.scale))
+
+
+def test_single_tensors_have_the_bits_they_are_given_at_the_ends_too(graph):
+    given = Bits(weights={"a": 2, "head": 3}, activations={"x": 6, "cat": 7})
+    student = place(fold_batch_norms(graph), "integer", weight_bits=4, activation_bits=5, end_bits=8, bits=given)
+    assert {name: quantizer.grid.bits for name, quantizer in student.weights.items()} == {"stem": 8, "a": 2, "b": 4, "head": 3}
+    bits = {name: quantizer.grid.bits for name, quantizer in student.activations.items()}
+    assert bits["x"] == 6 and bits["cat"] == 7 and bits["relu"] == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weights": {"headd": 3}}, "bits.weights must name layers with weights, got 'headd'; did you mean 'head'"),
+        ({"weights": {"zzz": 3}}, "bits.weights must name layers with weights, got 'zzz'; such as 'a'"),
+        ({"activations": {"a": 3}}, "bits.activations must name tensors on a grid, got 'a'; such as 'adaptive_avg_pool2d'"),
+    ],
+)
+def test_bits_of_a_tensor_that_is_not_there_are_refused(graph, given, message):
+    with pytest.raises(ConfigError) as caught:
+        place(fold_batch_norms(graph), "integer", weight_bits=4, activation_bits=5, bits=Bits(**given))
+    assert str(caught.value) == message
+
+
+def test_bits_that_no_grid_has_are_refused():
+    with pytest.raises(ConfigError, match=r"^bits\.weights must be 2 to 8, got 9 for 'head'$"):
+        Bits(weights={"head": 9})
 
 
 def test_integer_puts_tensors_on_a_grid_where_a_runtime_does(student):

@@ -114,3 +114,32 @@ def test_measures_that_a_network_cannot_have_are_left_out(labelled, tmp_path):
 
 def test_equal_runs_give_equal_pages(labelled, tmp_path):
     assert page(labelled, tmp_path)[0] == page(labelled, tmp_path)[0]
+
+
+MIXED = {
+    "effective_bits": 3.5,
+    "effective_activation_bits": 8.0,
+    "bit_operations": 27.94,
+    "tensors": [
+        {"name": "conv1", "kind": "weight", "elements": 432, "bits": 4, "divergence": {"2": 0.5, "4": 0.005, "8": 0.0}},
+        {"name": "fc", "kind": "weight", "elements": 1440, "bits": 2, "divergence": {"2": 0.05, "4": 0.001, "8": 1e-9}},
+        {"name": "relu", "kind": "activation", "elements": 16384, "bits": 8, "divergence": {"2": 0.1, "4": 0.01, "8": 1e-4}},
+    ],
+}
+
+
+def test_every_tensors_sensitivity_is_shown_and_what_it_got_is_framed(labelled, tmp_path):
+    html, parsed = page(labelled | {"mixed_precision": MIXED}, tmp_path)
+    assert "1 weight with 2, 1 with 4 (mean 3.5); 1 activation with 8 (mean 8); 27.9 bit operations" in parsed.text
+    assert re.findall(r'<td class=chosen style="--share: (\d+)%">([^<]*)', html) == [
+        ("36", "5.0e-03"),  # 60 * (1 - 2/5): a hundredth of the largest
+        ("48", "5.0e-02"),
+        ("16", "1.0e-04"),
+    ]
+    assert all(f"<td>{tensor['name']}</td><td>{tensor['elements']:,}</td>" in html for tensor in MIXED["tensors"])
+    assert 'style="--share: 60%">5.0e-01' in html and 'style="--share: 0%">0.0e+00' in html
+    assert "mixed W3.5A8" in parsed.text
+
+
+def test_without_mixed_precision_nothing_is_said_of_it(labelled, tmp_path):
+    assert "need their bits" not in page(labelled, tmp_path)[1].text

@@ -36,7 +36,7 @@ def export(
     from reverie import export as targets
     from reverie import plugins, recipe, stages
     from reverie.export import _verify as verify
-    from reverie.export._packed import restore
+    from reverie.export._packed import restore, stored_bits
     from reverie.images.store import load_images
     from reverie.report.outcome import size_text
     from reverie.runs import atomic_write
@@ -49,7 +49,7 @@ def export(
     resolved = recipe.read(str(run / "recipe.toml"))
     loaded = load_network(run, network, options)
     teacher = stages.as_teacher(loaded)
-    _, student = stages.student_of(teacher.graph, resolved.quantization)
+    _, student = stages.student_of(teacher.graph, resolved.quantization, stored_bits(packed))
     quantized = restore(student, packed)
     facts = {"reverie.network": loaded.name, "reverie.recipe": resolved.fingerprint}
     images = run / "images.safetensors"

@@ -26,6 +26,8 @@ def quantize(
     recipe: str | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    effective_bits: float | None = None,
+    effective_activation_bits: float | None = None,
     placement: str | None = None,
     images: int | None = None,
     calibration: Path | None = None,
@@ -47,6 +49,8 @@ def quantize(
 
     Example: reverie quantize embedded:digits --weight-bits 4 --evaluate held-out
 
+    Example: reverie quantize timm:resnet18 --effective-bits 3.5
+
     Example: reverie quantize timm:resnet18 --recipe fdda --calibration one_image_a_class/
 
     Example: reverie quantize nets.py:resnet20 --weights resnet20.safetensors --input-size 32 --classes 10
@@ -59,6 +63,9 @@ def quantize(
             for fewer bits.
         weight_bits: Bits of a weight, 2 to 8; first and last layer have 8 unless --set quantization.end_bits=N.
         activation_bits: Bits of an activation, 2 to 8.
+        effective_bits: Mixed precision: bits of a weight on average over all weights, 2 to 8. Each layer gets 2 to 8 bits, those
+            that change the answers least in sum (extra `mixed`).
+        effective_activation_bits: Likewise of an activation, on average over the values of one image.
         placement: integer (default: what an integer runtime executes) or literature (batch norm kept, all layers at the
             same bits, nothing exported: for comparison with papers).
         images: How many images to synthesize for calibration; 0 with --calibration uses real ones only.
@@ -78,7 +85,9 @@ def quantize(
         settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable, and wins over the flags.
         json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
     """
-    name, why = _recipe_name(recipe, weight_bits, settings)
+    _check_alone("weight_bits", weight_bits, "effective_bits", effective_bits)
+    _check_alone("activation_bits", activation_bits, "effective_activation_bits", effective_activation_bits)
+    name, why = _recipe_name(recipe, weight_bits if effective_bits is None else effective_bits, settings)
     resolved = read_recipe(
         name,
         settings,
@@ -86,14 +95,15 @@ def quantize(
         images=images,
         quantization__weight_bits=weight_bits,
         quantization__activation_bits=activation_bits,
+        mixed_precision__effective_bits=effective_bits,
+        mixed_precision__effective_activation_bits=effective_activation_bits,
         quantization__placement=placement,
         # Nothing executes the literature's placement, so there is nothing to export.
         export__method="none" if placement == "literature" else None,
     )
     from reverie.runs import check_output, default_output
 
-    bits = resolved.quantization
-    folder = output or default_output(network, bits.weight_bits, bits.activation_bits)
+    folder = output or default_output(network, *resolved.mean_bits)
     check_output(folder)
     loaded = options.load(network)
     # Takes half a second to import, which no wrong recipe or network should wait for.
@@ -128,12 +138,21 @@ def quantize(
         _show(run)
 
 
-def _recipe_name(recipe: str | None, weight_bits: int | None, settings: Settings) -> tuple[str, str]:
+def _check_alone(name: str, bits: int | None, effective_name: str, effective: float | None) -> None:
+    if bits is not None and effective is not None:
+        raise ConfigError(
+            f"--{effective_name.replace('_', '-')} must be without --{name.replace('_', '-')}, got {effective:g} and {bits}; "
+            "leave one of them out"
+        )
+
+
+def _recipe_name(recipe: str | None, weight_bits: int | float | None, settings: Settings) -> tuple[str, str]:
     """The recipe's name, and what to say about how it was chosen."""
     if recipe is not None:
         return recipe, ""
-    bits = as_overrides(settings).get("quantization.weight_bits", weight_bits)
-    if isinstance(bits, int) and bits < _ROUNDING_MATTERS_BELOW:
+    given = as_overrides(settings)
+    bits = given.get("mixed_precision.effective_bits") or given.get("quantization.weight_bits", weight_bits)
+    if isinstance(bits, (int, float)) and bits < _ROUNDING_MATTERS_BELOW:
         return "adaround", f" (chosen for weights below {_ROUNDING_MATTERS_BELOW} bits; --recipe overrides it)"
     return "zeroq", f" (chosen for {_ROUNDING_MATTERS_BELOW}-bit weights; --recipe overrides it)"
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reverie.errors import ConfigError
-from reverie.graph.placement import Student
+from reverie.graph.placement import Bits, Student
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.grid import Grid
 from reverie.grid.packing import pack, unpack
@@ -96,12 +96,18 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
+def stored_bits(path: Path) -> Bits:
+    """The bits of every tensor in a packed checkpoint; errors as for `read_packed`."""
+    _, header = read_packed(path)
+    return Bits(weights={name: layer["bits"] for name, layer in header["layers"].items()}, activations=header["tensors"])
+
+
 @torch.no_grad()
 def restore(student: Student, path: Path) -> QuantizedNetwork:
     """The integer model that `path` stores.
 
     Args:
-        student: Freshly placed on the same network with the same bits; it is calibrated in place.
+        student: Freshly placed on the same network with the same bits (`stored_bits`); it is calibrated in place.
 
     Raises:
         ConfigError: The file is of another network or another placement.

@@ -14,14 +14,16 @@ range need not hold zero, no bias quantization (algorithms 1.1, class A). It can
 """
 
 import copy
+import difflib
 import operator
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import fx, nn
 
-from reverie.errors import ModelError
+from reverie.errors import ConfigError, ModelError
 from reverie.graph.operators import (
     AVERAGES,
     CLIPPING,
@@ -37,9 +39,28 @@ from reverie.graph.operators import (
     set_attribute,
 )
 from reverie.graph.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
-from reverie.grid import Grid
+from reverie.grid import MAX_BITS, MIN_BITS, Grid
 
 PlacementKind = Literal["integer", "literature"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bits:
+    """Bits of single tensors; they win over those of their kind.
+
+    Args:
+        weights: Of weights, by layer, 2 to 8.
+        activations: Of tensors, by name, 2 to 8.
+    """
+
+    weights: Mapping[str, int] = field(default_factory=dict)
+    activations: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind, given in (("weights", self.weights), ("activations", self.activations)):
+            for name, bits in given.items():
+                if not MIN_BITS <= bits <= MAX_BITS:
+                    raise ConfigError(f"bits.{kind} must be {MIN_BITS} to {MAX_BITS}, got {bits} for {name!r}")
 
 
 @dataclass(frozen=True)
@@ -83,23 +104,34 @@ class Student:
 
 
 def place(
-    graph: fx.GraphModule, kind: PlacementKind, *, weight_bits: int, activation_bits: int, end_bits: int | None = None
+    graph: fx.GraphModule,
+    kind: PlacementKind,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    end_bits: int | None = None,
+    bits: Bits | None = None,
 ) -> Student:
     """A student of `graph` (batch norms already folded for `integer`) whose quantizers wait for calibration.
 
     Args:
         end_bits: Bits at the ends of the network, weights and activations; None means no exception. Ignored (none) by
             the `literature` placement.
+        bits: Of single tensors, at the ends or not.
 
     Raises:
+        ConfigError: `bits` names a layer or tensor that is not there, or has no grid.
         ModelError: The graph has no convolution or linear layer.
     """
+    bits = bits or Bits()
     found = layers(graph)
     if not found:
         raise ModelError("place: the network must have a convolution or linear layer, got none; there is nothing to quantize")
     integer = kind == "integer"
     ends = _ends(graph) if integer else set()
     tensors = _integer_tensors(graph) if integer else _literature_tensors(graph)
+    _check_names("weights", bits.weights, "layers with weights", {node.name for node in found})
+    _check_names("activations", bits.activations, "tensors on a grid", {node.name for node in tensors})
 
     copied = copy.deepcopy(graph)
     activations, weights, biases = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -116,8 +148,8 @@ def place(
     for node in graph.graph.nodes:
         if node not in tensors:
             continue
-        bits = end_bits if end_bits is not None and node.name in end_tensors else activation_bits
-        activations[node.name] = ActivationQuantizer(Grid(bits, signed=False))
+        usual = end_bits if end_bits is not None and node.name in end_tensors else activation_bits
+        activations[node.name] = ActivationQuantizer(Grid(bits.activations.get(node.name, usual), signed=False))
         here = nodes[node.name]
         with copied.graph.inserting_after(here):
             call = copied.graph.call_module(f"activation_quantizers.{node.name}", (here,))
@@ -129,8 +161,8 @@ def place(
         weight, bias = named["weight"], named["bias"]
         stored = attribute(graph, weight)
         assert stored is not None
-        bits = end_bits if end_bits is not None and original in ends else weight_bits
-        weights[layer.name] = WeightQuantizer(Grid(bits, signed=True), stored)
+        usual = end_bits if end_bits is not None and original in ends else weight_bits
+        weights[layer.name] = WeightQuantizer(Grid(bits.weights.get(layer.name, usual), signed=True), stored)
         with copied.graph.inserting_before(layer):
             call = copied.graph.call_module(f"weight_quantizers.{layer.name}", (nodes[weight.name],))
         layer.update_arg(1, call)
@@ -162,6 +194,14 @@ def place(
         biases=dict(biases.items()),  # type: ignore[arg-type]
         layers=described,
     )
+
+
+def _check_names(kind: str, given: Mapping[str, int], meant: str, known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            cure = f"did you mean {nearest[0]!r}" if nearest else f"such as {min(known)!r}"
+            raise ConfigError(f"bits.{kind} must name {meant}, got {name!r}; {cure}")
 
 
 def _origin(node: fx.Node) -> fx.Node:

@@ -1,13 +1,16 @@
 """Calibration: the grids of activations and weights, from images and from the weights themselves."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, fx
 
 from reverie.errors import ModelError
 from reverie.graph.placement import Student
 from reverie.graph.taps import tap
-from reverie.observers import Observer, rows, tensor_qparams, weight_qparams
+from reverie.grid import Grid
+from reverie.observers import Observer, Watch, rows, tensor_qparams, weight_qparams
 from reverie.progress import Progress
 
 # A bias code must fit int32 with room for the accumulator it is added to.
@@ -32,21 +35,42 @@ def calibrate_activations(
     Raises:
         ModelError: A tensor takes a value that is not finite.
     """
-    tapped = tap(teacher, student.activations)
-    watches = {name: observer.watch() for name in student.activations}
     parts = torch.split(inputs, batch)
     with progress.stage("calibrate", total=len(parts)) as step:
-        for part in parts:
-            for name, values in tapped(part).items():
-                watches[name].update(rows(values))
-            step()
+        watches = watch_tensors(teacher, student.activations, parts, observer, step)
     for name, quantizer in student.activations.items():
-        scale, zero_point = tensor_qparams(watches[name], quantizer.grid)
-        if not bool(torch.isfinite(scale)):
-            raise ModelError(
-                f"{name}: values must be finite on every image, got a range that is not; check the weights and images"
-            )
-        quantizer.set_qparams(scale, zero_point)
+        quantizer.set_qparams(*finite_qparams(name, watches[name], quantizer.grid))
+
+
+@torch.no_grad()
+def watch_tensors(
+    teacher: fx.GraphModule,
+    tensors: Iterable[str],
+    parts: Sequence[Float[Tensor, "batch *shape"]],
+    observer: Observer,
+    step: Callable[[], None] = lambda: None,
+) -> dict[str, Watch]:
+    """What `observer` sees of each tensor on all batches; `step` is called after each."""
+    names = list(tensors)
+    tapped = tap(teacher, names)
+    watches = {name: observer.watch() for name in names}
+    for part in parts:
+        for name, values in tapped(part).items():
+            watches[name].update(rows(values))
+        step()
+    return watches
+
+
+def finite_qparams(name: str, watch: Watch, grid: Grid) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Scale and zero point for what was seen of the tensor `name`.
+
+    Raises:
+        ModelError: It took a value that is not finite.
+    """
+    scale, zero_point = tensor_qparams(watch, grid)
+    if not bool(torch.isfinite(scale)):
+        raise ModelError(f"{name}: values must be finite on every image, got a range that is not; check the weights and images")
+    return scale, zero_point
 
 
 @torch.no_grad()

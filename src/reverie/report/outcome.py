@@ -3,6 +3,7 @@
 Everything here reads `metrics.json` and nothing else, so an old run can be shown again.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     if metrics["parity"] is not None:
         lines.append(f"parity: {_parity(metrics['parity'])}")
     lines += [f"images: {images_text(metrics['images'])}", *learning_notes(metrics)]
+    if "mixed_precision" in metrics:
+        lines.append(f"bits: {mixed_precision_text(metrics['mixed_precision'])}")
     lines.append(f"seconds: {seconds_text(metrics['seconds'])}; peak memory {size_text(metrics['peak_memory_bytes'])}")
     return lines
 
@@ -124,8 +127,22 @@ def seconds_text(seconds: dict[str, float]) -> str:
 
 
 def bits_text(metrics: dict[str, Any]) -> str:
-    """Such as `W4A8`."""
+    """Such as `W4A8`, or `mixed W3.99A8` with the means over all tensors."""
+    mixed = metrics.get("mixed_precision")
+    if mixed is not None:
+        return f"mixed W{mixed['effective_bits']:.3g}A{mixed['effective_activation_bits']:.3g}"
     return f"W{metrics['quantization']['weight_bits']}A{metrics['quantization']['activation_bits']}"
+
+
+def mixed_precision_text(mixed: dict[str, Any]) -> str:
+    """Such as `8 weights with 3, 12 with 4 (mean 3.99); 31 activations with 8 (mean 8); 31.9 bit operations a multiply-accumulate`."""
+    parts = []
+    for kind, mean in (("weight", mixed["effective_bits"]), ("activation", mixed["effective_activation_bits"])):
+        counts = sorted(Counter(tensor["bits"] for tensor in mixed["tensors"] if tensor["kind"] == kind).items())
+        (bits, first), *rest = counts
+        listed = [f"{first} {kind}{'' if first == 1 else 's'} with {bits}", *(f"{count} with {bits}" for bits, count in rest)]
+        parts.append(f"{', '.join(listed)} (mean {mean:.3g})")
+    return "; ".join([*parts, f"{mixed['bit_operations']:.3g} bit operations a multiply-accumulate"])
 
 
 def percent(share: float | None) -> str:

@@ -5,6 +5,7 @@ files, since nothing here looks at the clock.
 """
 
 import base64
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -44,6 +45,15 @@ class Bar:
     text: str
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A number in a table: `shade` says how large, 0 to 1; whether it was `chosen`."""
+
+    text: str
+    shade: float
+    chosen: bool
+
+
 def render(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], path: Path) -> str:
     """The report as HTML.
 
@@ -75,6 +85,8 @@ def render(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], path
         separation=_separation(metrics["images"].get("separation", {})),
         features=_embedded(path / "plots" / "features.png"),
         deviations=_embedded(path / "plots" / "deviations.png"),
+        sensitivity=_sensitivity(metrics.get("mixed_precision")),
+        bits_spent=outcome.mixed_precision_text(metrics["mixed_precision"]) if "mixed_precision" in metrics else "",
         rounding=_rounding(metrics["rounding_errors"]),
         stages=_stages(metrics["seconds"]),
         total=duration_text(sum(metrics["seconds"].values())),
@@ -144,6 +156,35 @@ def _separation(sets: dict[str, dict[str, float | None]]) -> tuple[list[str], li
             numbers = [outcome.NONE if value is None else f"{value:.3g}" for value in values]
             rows.append((key.replace("_class", "-class").replace("_", " "), meaning, numbers))
     return list(sets), rows
+
+
+def _sensitivity(mixed: dict[str, Any] | None) -> list[tuple[str, list[str], list[tuple[str, str, list[Cell]]]]]:
+    """For weights and for activations: what they are, the widths, and a row for each tensor (name, elements, a cell for each width)."""
+    if mixed is None:
+        return []
+    largest = max(max(tensor["divergence"].values()) for tensor in mixed["tensors"])
+    found = []
+    for kind in ("weight", "activation"):
+        tensors = [tensor for tensor in mixed["tensors"] if tensor["kind"] == kind]
+        widths = sorted({int(bits) for tensor in tensors for bits in tensor["divergence"]})
+        rows = [
+            (
+                tensor["name"],
+                f"{tensor['elements']:,}",
+                [
+                    Cell(f"{value:.1e}", _shade(value, largest), int(bits) == tensor["bits"])
+                    for bits, value in sorted(tensor["divergence"].items(), key=lambda item: int(item[0]))
+                ],
+            )
+            for tensor in tensors
+        ]
+        found.append((f"{kind}s", [f"{bits} bits" for bits in widths], rows))
+    return found
+
+
+def _shade(value: float, largest: float) -> float:
+    """0 for what is a hundred-thousandth of the largest or less, 1 for the largest, in proportion to the logarithm."""
+    return max(0.0, 1 + math.log10(value / largest) / 5) if value > 0 else 0.0
 
 
 def _rounding(errors: dict[str, dict[str, float]]) -> list[Bar]:
