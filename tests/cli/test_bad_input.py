@@ -299,7 +299,7 @@ def test_an_unknown_export_target_is_refused(capsys, finished):
         (
             ["quantise", "x"],
             'Unknown command "quantise". Did you mean "quantize"? Available commands: quantize, synthesize, capsule, '
-            "evaluate, export, inspect, methods, recipe. See --help.",
+            "evaluate, diagnose, export, inspect, methods, ... See --help.",
         ),
         (["quantize", "embedded:digits", "--bits", "4"], "Unknown option: --bits. Did you mean --weights? See --help."),
         (

@@ -21,7 +21,7 @@ from reverie.cli.methods import methods_of
 from reverie.images.store import save_images
 from reverie.runs import default_output
 
-COMMANDS = ["capsule", "evaluate", "export", "inspect", "methods", "quantize", "recipe", "synthesize"]
+COMMANDS = ["capsule", "diagnose", "evaluate", "export", "inspect", "methods", "quantize", "recipe", "synthesize"]
 
 
 def said(capsys, *arguments):

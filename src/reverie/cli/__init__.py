@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 import reverie
-from reverie.cli import capsule, evaluate, export, inspect, methods, quantize, recipe, synthesize
+from reverie.cli import capsule, diagnose, evaluate, export, inspect, methods, quantize, recipe, synthesize
 from reverie.errors import ReverieError
 
 app = App(
@@ -39,6 +39,7 @@ for command in (
     synthesize.synthesize,
     capsule.capsule,
     evaluate.evaluate,
+    diagnose.diagnose,
     export.export,
     inspect.inspect,
     methods.methods,

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,6 +65,18 @@ class NetworkOptions:
 
 
 NO_OPTIONS = NetworkOptions()
+
+
+def as_flags(given: Mapping[str, Any]) -> list[str]:
+    """What was given of a network, as words of a command line."""
+    return [
+        word
+        for name, value in given.items()
+        for word in (
+            f"--{name.replace('_', '-')}",
+            ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value),
+        )
+    ]
 
 
 def read_recipe(name_or_file: str, settings: Settings, **flags: Any) -> "Recipe":

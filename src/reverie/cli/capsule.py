@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, as_flags
 from reverie.cli._output import say, say_json
 from reverie.errors import ConfigError, at
 from reverie.progress import choose
@@ -56,7 +56,9 @@ def capsule(
     centres = capsule_of(stages.as_teacher(loaded, device), images, progress=choose(sys.stderr, json))
     save_capsule(centres, output)
     sizes = {"capsule": output.stat().st_size, "images": _bytes(images, calibration)}
-    further = shlex.join(["reverie", "quantize", network, *_as_flags(options), "--recipe", "fdda", "--capsule", str(output)])
+    further = shlex.join(
+        ["reverie", "quantize", network, *as_flags(options.given()), "--recipe", "fdda", "--capsule", str(output)]
+    )
     if json:
         say_json(
             {
@@ -94,13 +96,3 @@ def _bytes(images: "Images", calibration: Path) -> int:
     """Size of the images as they lie on the disk."""
     files = [calibration] if calibration.is_file() else [calibration / source for source in images.sources]
     return sum(file.stat().st_size for file in files)
-
-
-def _as_flags(options: NetworkOptions) -> list[str]:
-    """What was given of the network, as it was given."""
-    given = options.given().items()
-    return [
-        word
-        for name, value in given
-        for word in (f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value))
-    ]

@@ -91,7 +91,7 @@ def quantize(
     """
     _check_alone("weight_bits", weight_bits, "effective_bits", effective_bits)
     _check_alone("activation_bits", activation_bits, "effective_activation_bits", effective_activation_bits)
-    name, why = _recipe_name(recipe, weight_bits if effective_bits is None else effective_bits, settings)
+    name, why = recipe_name(recipe, weight_bits if effective_bits is None else effective_bits, settings)
     wanted = overrides(
         settings,
         seed=seed,
@@ -162,7 +162,7 @@ def _check_alone(name: str, bits: int | None, effective_name: str, effective: fl
         )
 
 
-def _recipe_name(recipe: str | None, weight_bits: int | float | None, settings: Settings) -> tuple[str, str]:
+def recipe_name(recipe: str | None, weight_bits: int | float | None, settings: Settings) -> tuple[str, str]:
     """The recipe's name, and what to say about how it was chosen."""
     if recipe is not None:
         return recipe, ""

@@ -136,4 +136,11 @@ def restore(student: Student, path: Path) -> QuantizedNetwork:
             quantized.graph.get_buffer(str(layer.bias)).copy_(bias_codes * student.biases[name].scale())
             layer = replace(layer, bias_codes=bias_codes)
         layers[name] = layer
+    # What a run changed beside codes: biases in float, running statistics.
+    stored = {layer.weight for layer in layers.values()} | {
+        str(layer.bias) for layer in layers.values() if layer.bias_codes is not None
+    }
+    for name, tensor in quantized.graph.named_buffers():
+        if name in tensors and name not in stored and not name.startswith("activation_quantizers."):
+            tensor.copy_(tensors[name])
     return replace(quantized, layers=layers)
