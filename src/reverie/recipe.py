@@ -49,7 +49,8 @@ class Quantization:
         placement: "integer" (what an integer runtime executes) or "literature" (for comparison with papers).
         weight_bits, activation_bits: 2 to 8; not read where `mixed_precision` chooses.
         end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
-        sum_bits: Bits of what only sums read, such as the branch of a residual block; likewise.
+        sum_bits: Bits of what sums and averages read, such as the stream of a residual network; likewise. Layers that read the same tensor read
+            it through a grid of `activation_bits`, if those are fewer.
         equalize: Cross-layer equalization before anything else.
         bias_correction: Give every channel its mean back after rounding.
         batch_norm_adaptation: Give every channel its mean and deviation back, after rounding, or before distillation, which

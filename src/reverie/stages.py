@@ -17,6 +17,7 @@ from reverie.graph.capture import capture
 from reverie.graph.equalize import equalize
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, Student, place
+from reverie.graph.sums import separate_sums
 from reverie.images import Images
 from reverie.images.augment import Augmentation
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
@@ -108,7 +109,7 @@ def stream_of(recipe: Recipe, method: Streaming, teacher: Teacher, folder: Path,
 
 
 def student_of(graph: fx.GraphModule, settings: Quantization, bits: Bits | None = None) -> tuple[fx.GraphModule, Student]:
-    """The full-precision graph that a student is compared with (folded and equalized if asked), and the student.
+    """The full-precision graph that a student is compared with (folded, equalized if asked, sums apart), and the student.
 
     Args:
         bits: Of single tensors, where they are others than `settings` says.
@@ -116,6 +117,8 @@ def student_of(graph: fx.GraphModule, settings: Quantization, bits: Bits | None 
     reference = fold_batch_norms(graph) if settings.placement == "integer" else graph
     if settings.equalize:
         reference = equalize(reference)
+    if settings.placement == "integer" and settings.activation_bits < settings.sum_bits:
+        reference = separate_sums(reference)
     return reference, place(
         reference,
         settings.placement,
