@@ -32,7 +32,7 @@ from reverie.observers import Observer
 from reverie.observers.mse import Mse
 from reverie.observers.percentile import Percentile
 from reverie.recovery.clipping import Clipping
-from reverie.recovery.distillation import Distillation
+from reverie.recovery.distillation import After, Distillation
 from reverie.recovery.mixed_precision import MixedPrecision
 from reverie.recovery.reconstruction import Reconstruction
 from reverie.rounding import Rounding
@@ -124,6 +124,10 @@ class Recipe:
             return float(not synthetic)
         # In proportion, a thousand photographs beside 64 synthetic images would be a batch of a thousand.
         return self.real_share or min(real / (real + synthetic), 0.5)
+
+    def distils_after(self, stage: After) -> bool:
+        """Whether there is a distillation, and it follows that stage."""
+        return self.distillation.steps > 0 and self.distillation.after == stage
 
     @property
     def mean_bits(self) -> tuple[float, float]:

@@ -129,6 +129,33 @@ def test_distilling_brings_answers_on_other_images_closer_to_the_teachers(teache
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_from_codes_that_are_decided(teachers, images, kind):
+    student = calibrated(teachers[kind], kind, images)
+    decided = {}
+    for name, layer in student.layers.items():
+        quantizer = student.weights[name]
+        # One further than the nearest, where the grid goes on.
+        nearest = quantizer.final_codes(student.graph.get_buffer(layer.weight)).float()
+        decided[name] = (nearest + 1).clamp(max=quantizer.grid.quant_max)
+        quantizer.set_codes(decided[name])
+    with torch.no_grad():
+        before = student.graph(images.inputs[200:])
+    distilled(teachers[kind], student, shuffled(images), steps=1, learning_rate=1e-12, scale_rate=0.0)
+    with torch.no_grad():
+        assert torch.allclose(student.graph(images.inputs[200:]), before, atol=1e-5)
+    for name, codes in decided.items():
+        assert torch.equal(
+            student.weights[name].final_codes(student.graph.get_buffer(student.layers[name].weight)).float(), codes
+        )
+    distilled(teachers[kind], student, shuffled(images), steps=20, learning_rate=1e-2)
+    moved = (
+        student.weights[name].final_codes(student.graph.get_buffer(student.layers[name].weight)).float() != codes
+        for name, codes in decided.items()
+    )
+    assert all(bool(part.any()) for part in moved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight_ranges", ["minmax", "fixed", "learned"])
 def test_nothing_but_what_is_learned_changes_and_nothing_stays_in_training(teachers, images, kind, weight_ranges):
     teacher = teachers[kind]

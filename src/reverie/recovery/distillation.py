@@ -1,5 +1,8 @@
 """Distillation: the whole network as one unit, its answers fitted to the teacher's on batch after batch of images.
 
+It comes before weights are rounded, or after: then it is the network-level pass behind a reconstruction unit by unit, which has
+brought every unit near its own and knows nothing of what the others left over.
+
     loss = kl_weight * temperature^2 * KL( softmax(t / temperature) || softmax(o / temperature) ) + class_weight * CE(o, y)
 
 t and o are the teacher's and the student's logits, y the label; KL is the mean over the batch of sums over classes. Learned
@@ -37,6 +40,7 @@ from reverie.recovery.ranges import keep_biases_in_range
 WeightRanges = Literal["minmax", "fixed", "learned"]
 Optimizer = Literal["adam", "sgd"]
 Synthetic = Literal["kept", "fresh", "both"]
+After = Literal["calibration", "rounding"]
 
 # How often a distillation is saved.
 _CHECKPOINTS = 10
@@ -48,6 +52,8 @@ class Distillation:
 
     Args:
         steps: Batches.
+        after: "calibration", and weights are rounded when it is done, by the recipe's method; or "rounding": it starts from the weights
+            that the method rounded, moves them, and leaves them rounded to nearest.
         batch: Kept images in each; of fresh ones a generator makes its own number.
         synthetic: Of a method with a generator: its "kept" images, which are refined; "fresh" ones, made anew at each step
             by the generator, which goes on training on them (the papers); or "both". Other methods have kept ones only.
@@ -67,6 +73,7 @@ class Distillation:
     """
 
     steps: int = 0
+    after: After = "calibration"
     batch: int = 64
     synthetic: Synthetic = "kept"
     optimizer: Optimizer = "adam"
@@ -96,7 +103,8 @@ class Distillation:
             smallest_crop=(0.01, 1),
             smallest_real_crop=(0.01, 1),
         )
-        for name, kind in (("synthetic", Synthetic), ("optimizer", Optimizer), ("weight_ranges", WeightRanges)):
+        choices = {"after": After, "synthetic": Synthetic, "optimizer": Optimizer, "weight_ranges": WeightRanges}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 
@@ -114,7 +122,7 @@ def distil(
 
     Args:
         teacher: Full precision; asked for logits only where a batch does not bring them.
-        student: Calibrated, no codes decided.
+        student: Calibrated; where codes are decided, they are where it starts.
         source: Of `settings.steps` batches.
 
     Raises:
@@ -203,6 +211,8 @@ def _learn(student: Student, settings: Distillation) -> tuple[dict[str, Tensor],
         if node.op == "call_function" and node.target is BATCH_NORM:
             named = arguments(node)
             names |= {str(named[key].target) for key in ("weight", "bias") if named[key] is not None}
+    for name, layer in student.layers.items():
+        student.weights[name].release(graph.get_buffer(layer.weight))
     weights = {name: graph.get_buffer(name).requires_grad_() for name in sorted(names)}
     scales: dict[str, Tensor] = {}
     for name, quantizer in student.weights.items():
