@@ -174,8 +174,7 @@ def source_of(
     settings, method, name = recipe.distillation, recipe.synthesis, method_name(recipe)
     sizes = composition(recipe, recipe.share_of_real(*(len(images.get(part, ())) for part in (name, "real"))))
     seed = Seed(recipe.seed, ("distillation",))
-    crops = Augmentation(settings.smallest_crop, settings.flip) if settings.smallest_crop < 1 else None
-    real_crops = Augmentation(settings.smallest_real_crop, settings.flip) if settings.smallest_real_crop < 1 else None
+    crops, real_crops = (settings.augmentation(real=real) for real in (False, True))
 
     def drawn(kind: str, count: int, augmentation: Augmentation | None) -> Source:
         """Batches of a set that is given."""

@@ -388,6 +388,11 @@ def test_the_exported_network_computes_what_the_distilled_student_computes(teach
         ({"learning_rate": 0.0}, "learning_rate must be at least 1e-12, got 0.0"),
         ({"temperature": 0.0}, "temperature must be at least 0.001, got 0.0"),
         ({"smallest_crop": 0.0}, "smallest_crop must be 0.01 to 1, got 0.0"),
+        ({"colour": 2.0}, "colour must be 0 to 1, got 2.0"),
+        (
+            {"cut_mix": 0.5, "class_weight": 1.0},
+            "cut_mix must be 0 with a class_weight, got 0.5 and 1; an image with a patch of another has no one label",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -399,6 +404,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("after", "after must be one of calibration, rounding, got 'typo'"),
         ("optimizer", "optimizer must be one of adam, sgd, got 'typo'"),
         ("weight_ranges", "weight_ranges must be one of minmax, fixed, learned, got 'typo'"),
     ],

@@ -31,6 +31,7 @@ from reverie.descent import Descent, below, under
 from reverie.errors import ConfigError, check_range
 from reverie.graph.operators import BATCH_NORM, arguments, attribute, layers
 from reverie.graph.placement import Student
+from reverie.images.augment import Augmentation
 from reverie.images.source import Source
 from reverie.observers import weight_qparams
 from reverie.observers.minmax import MinMax
@@ -69,7 +70,9 @@ class Distillation:
         scale_rate: Learning rate of scales, relative to themselves.
         smallest_crop: Least share of its area that a crop of a synthetic image shows, 1 for no crops; 0.5 in FDDA.
         smallest_real_crop: The same for a real image; 0.08 in FDDA.
-        flip: Whether images are mirrored where they are cropped; off for digits, signs and the like.
+        flip: Whether images are mirrored where they are changed at all; off for digits, signs and the like.
+        colour: How much their colours are changed, in deviations (`images/augment.py`).
+        cut_mix: The share of images with a patch of another one; only without a class term.
     """
 
     steps: int = 0
@@ -88,6 +91,8 @@ class Distillation:
     smallest_crop: float = 1.0
     smallest_real_crop: float = 0.5
     flip: bool = True
+    colour: float = 0.0
+    cut_mix: float = 0.0
 
     def __post_init__(self) -> None:
         check_range(
@@ -102,11 +107,25 @@ class Distillation:
             scale_rate=(0, math.inf),
             smallest_crop=(0.01, 1),
             smallest_real_crop=(0.01, 1),
+            colour=(0, 1),
+            cut_mix=(0, 1),
         )
+        if self.cut_mix and self.class_weight:
+            raise ConfigError(
+                f"cut_mix must be 0 with a class_weight, got {self.cut_mix:g} and {self.class_weight:g}; an image with a patch of another "
+                "has no one label"
+            )
         choices = {"after": After, "synthetic": Synthetic, "optimizer": Optimizer, "weight_ranges": WeightRanges}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+
+    def augmentation(self, *, real: bool) -> Augmentation | None:
+        """What happens to every image that is real, or is not; None if nothing."""
+        smallest = self.smallest_real_crop if real else self.smallest_crop
+        if smallest == 1 and not self.colour and not self.cut_mix:
+            return None
+        return Augmentation(smallest, self.flip, self.colour, self.cut_mix)
 
 
 def distil(
