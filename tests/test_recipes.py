@@ -226,6 +226,15 @@ def test_a_share_of_one_teaches_with_real_images_alone(network, real, tmp_path):
     assert done.metrics["distillation"]["images_of_a_step"] == {"real": 16}
 
 
+def test_distillation_goes_on_from_rounding(network, tmp_path):
+    three = {"quantization.weight_bits": 3, "distillation.after": "rounding"}
+    recipes = {steps: quick("gptq", three | {"distillation.steps": steps}) for steps in (0, 4)}
+    rounded, done = (run(recipe, network, output=tmp_path / str(steps)) for steps, recipe in recipes.items())
+    assert done.metrics["distillation"]["after"] == "rounding" and "distillation" not in rounded.metrics
+    before, codes = (read_packed(part.path / "network.safetensors")[0] for part in (rounded, done))
+    assert codes.keys() == before.keys() and any(not torch.equal(codes[name], before[name]) for name in codes)
+
+
 @pytest.mark.parametrize("more", [{}, LITERATURE], ids=["integer", "literature"])
 def test_learned_rounding_goes_on_from_distillation(more, network, tmp_path):
     blocks = {"reconstruction.unit": "block", "reconstruction.learned_ranges": True, "reconstruction.drop": 0.5}

@@ -39,7 +39,6 @@ from reverie.checkpoints import Forgetful
 from reverie.errors import ConfigError
 from reverie.graph.placement import Student
 from reverie.images import Images
-from reverie.images.augment import Augmentation
 from reverie.images.source import Augmented, Batch, Source
 from reverie.observers.minmax import MinMax
 from reverie.progress import Progress, Silent, duration_text
@@ -252,9 +251,10 @@ def _distillation(recipe: Recipe, teacher: Teacher, share: float) -> float:
     _, student = _student(recipe, teacher)
     settings = replace(recipe.distillation, steps=_long_enough(recipe.distillation.steps))
     source: Source = _Noise(teacher, sum(composition(recipe, share).values()))
-    crops = [area for area, part in ((settings.smallest_crop, 1 - share), (settings.smallest_real_crop, share)) if part]
-    if min(crops) < 1:
-        source = Augmented(source, Augmentation(min(crops), settings.flip), seed=_SEED.at("crops"))
+    kinds = [real for real, part in ((False, 1 - share), (True, share)) if part]
+    augmentation = next(filter(None, (settings.augmentation(real=real) for real in kinds)), None)
+    if augmentation is not None:
+        source = Augmented(source, augmentation, seed=_SEED.at("crops"))
     return _timed(teacher.device, partial(distil, teacher.graph, student, source, settings, checkpoints=Forgetful()))
 
 

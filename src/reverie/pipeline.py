@@ -268,12 +268,14 @@ def _plan(recipe: Recipe, *, labelled: bool) -> dict[str, float]:
         plan["refine"] = 5.0
     plan |= {"sensitivity": 0.5} if recipe.mixed_precision.chooses else {}
     plan |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
-    if recipe.distillation.steps:
+    if recipe.distils_after("calibration"):
         plan["distil"] = 8.0
     if recipe.rounding.needs == "reconstruction":
         plan["round"] = 5.0
     elif recipe.rounding.needs == "moments":
         plan["round"] = 0.5
+    if recipe.distils_after("rounding"):
+        plan["distil"] = 8.0
     if recipe.quantization.bias_correction:
         plan["correct biases"] = 0.5
     if recipe.quantization.batch_norm_adaptation:
@@ -313,13 +315,10 @@ def quantize(
     else:
         calibrate_activations(reference, student, inputs, recipe.activations, batch=64, progress=progress)
     calibrate_weights(student, recipe.weights)
-    if recipe.distillation.steps:
+    if recipe.distils_after("calibration"):
         if settings.batch_norm_adaptation:
             adapt_batch_norms(reference, student, inputs, fix_codes=False, progress=progress)
-        source, composition = source_of(recipe, teacher, images, directory.path / "checkpoints", progress)
-        parts = Folder(checkpoint("distillation"))
-        distil(teacher.graph, student, source, recipe.distillation, checkpoints=parts, progress=progress)
-        learned["distillation"] = asdict(recipe.distillation) | {"images_of_a_step": composition}
+        learned["distillation"] = _distilled(recipe, teacher, student, images, directory, progress)
     errors = round_weights(
         reference,
         student,
@@ -332,11 +331,28 @@ def quantize(
         progress=progress,
     )
     learned["rounding_errors"] = {name: {"before": before, "after": after} for name, (before, after) in errors.items()}
-    if settings.batch_norm_adaptation and not recipe.distillation.steps:
+    if settings.batch_norm_adaptation and not recipe.distils_after("calibration"):
         adapt_batch_norms(reference, student, inputs, progress=progress)
+    if recipe.distils_after("rounding"):
+        learned["distillation"] = _distilled(recipe, teacher, student, images, directory, progress)
     if settings.bias_correction:
         correct_biases(reference, student, inputs, progress=progress)
     return reference, finish(student), learned
+
+
+def _distilled(
+    recipe: Recipe,
+    teacher: Teacher,
+    student: Student,
+    images: dict[str, Images],
+    directory: RunDirectory,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Distils, and gives what is to be told about it."""
+    source, composition = source_of(recipe, teacher, images, directory.path / "checkpoints", progress)
+    parts = Folder(directory.checkpoint("distillation"))
+    distil(teacher.graph, student, source, recipe.distillation, checkpoints=parts, progress=progress)
+    return asdict(recipe.distillation) | {"images_of_a_step": composition}
 
 
 def _decision(

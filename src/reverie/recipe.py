@@ -32,7 +32,7 @@ from reverie.observers import Observer
 from reverie.observers.mse import Mse
 from reverie.observers.percentile import Percentile
 from reverie.recovery.clipping import Clipping
-from reverie.recovery.distillation import Distillation
+from reverie.recovery.distillation import After, Distillation
 from reverie.recovery.mixed_precision import MixedPrecision
 from reverie.recovery.reconstruction import Reconstruction
 from reverie.rounding import Rounding
@@ -52,7 +52,8 @@ class Quantization:
         placement: "integer" (what an integer runtime executes) or "literature" (for comparison with papers).
         weight_bits, activation_bits: 2 to 8; not read where `mixed_precision` chooses.
         end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
-        sum_bits: Bits of what only sums read, such as the branch of a residual block; likewise.
+        sum_bits: Bits of what sums and averages read, such as the stream of a residual network; likewise. Layers that read the same tensor read
+            it through a grid of `activation_bits`, if those are fewer.
         equalize: Cross-layer equalization before anything else.
         bias_correction: Give every channel its mean back after rounding.
         batch_norm_adaptation: Give every channel its mean and deviation back, after rounding, or before distillation, which
@@ -134,6 +135,10 @@ class Recipe:
             return float(not synthetic)
         # In proportion, a thousand photographs beside 64 synthetic images would be a batch of a thousand.
         return self.real_share or min(real / (real + synthetic), 0.5)
+
+    def distils_after(self, stage: After) -> bool:
+        """Whether there is a distillation, and it follows that stage."""
+        return self.distillation.steps > 0 and self.distillation.after == stage
 
     @property
     def mean_bits(self) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from reverie.graph.capture import capture
 from reverie.graph.equalize import equalize
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, Student, place
+from reverie.graph.sums import separate_sums
 from reverie.images import Images
 from reverie.images.augment import Augmentation
 from reverie.images.contract import InputContract
@@ -123,7 +124,7 @@ def stream_of(recipe: Recipe, method: Streaming, teacher: Teacher, folder: Path,
 
 
 def student_of(graph: fx.GraphModule, settings: Quantization, bits: Bits | None = None) -> tuple[fx.GraphModule, Student]:
-    """The full-precision graph that a student is compared with (folded and equalized if asked), and the student.
+    """The full-precision graph that a student is compared with (folded, equalized if asked, sums apart), and the student.
 
     Args:
         bits: Of single tensors, where they are others than `settings` says.
@@ -131,6 +132,8 @@ def student_of(graph: fx.GraphModule, settings: Quantization, bits: Bits | None 
     reference = fold_batch_norms(graph) if settings.placement == "integer" else graph
     if settings.equalize:
         reference = equalize(reference)
+    if settings.placement == "integer" and settings.activation_bits < settings.sum_bits:
+        reference = separate_sums(reference)
     return reference, place(
         reference,
         settings.placement,
@@ -186,8 +189,7 @@ def source_of(
     settings, method, name = recipe.distillation, recipe.synthesis, method_name(recipe)
     sizes = composition(recipe, recipe.share_of_real(*(len(images.get(part, ())) for part in (name, "real"))))
     seed = Seed(recipe.seed, ("distillation",))
-    crops = Augmentation(settings.smallest_crop, settings.flip) if settings.smallest_crop < 1 else None
-    real_crops = Augmentation(settings.smallest_real_crop, settings.flip) if settings.smallest_real_crop < 1 else None
+    crops, real_crops = (settings.augmentation(real=real) for real in (False, True))
 
     def drawn(kind: str, count: int, augmentation: Augmentation | None) -> Source:
         """Batches of a set that is given."""

@@ -14,6 +14,7 @@ from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, place
 from reverie.graph.quantized import QuantizedNetwork, finish
+from reverie.graph.sums import separate_sums
 from reverie.graph.taps import tap
 from reverie.grid import affine_qparams, symmetric_qparams
 
@@ -53,10 +54,17 @@ class Patterns(nn.Module):
 
 @torch.no_grad()
 def quantize(
-    graph: fx.GraphModule, images: Tensor, weights: int, activations: int, ends: int | None, bits: Bits | None = None
+    graph: fx.GraphModule,
+    images: Tensor,
+    weights: int,
+    activations: int,
+    ends: int | None,
+    bits: Bits | None = None,
+    sums: int | None = None,
 ) -> QuantizedNetwork:
-    """The integer model with ranges from minimum to maximum."""
-    student = place(graph, "integer", weight_bits=weights, activation_bits=activations, end_bits=ends, bits=bits)
+    """The integer model with ranges from minimum to maximum; with bits of `sums`, those apart."""
+    graph = graph if sums is None else separate_sums(graph)
+    student = place(graph, "integer", weight_bits=weights, activation_bits=activations, end_bits=ends, sum_bits=sums, bits=bits)
     for name, value in tap(graph, student.activations)(images).items():
         quantizer = student.activations[name]
         quantizer.set_qparams(*affine_qparams(value.min(), value.max(), quantizer.grid))

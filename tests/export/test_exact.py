@@ -25,6 +25,23 @@ def test_on_codes_the_student_answers_what_onnxruntime_answers(written, images, 
     assert (ours - fake).abs().mean() <= 0.05 * scale
 
 
+@pytest.mark.parametrize("bits", [4, 2])
+def test_so_it_does_where_sums_are_apart(patterns, quantizer, images, tmp_path, bits):
+    quantized = quantizer(patterns, images, 4, bits, 8, sums=8)
+    grids = {name: activation.grid.bits for name, activation in quantized.activations.items()}
+    apart = {name for name in grids if name.endswith("_for_layers")}
+    assert len(apart) == 2
+    assert all(grids[name] == bits and grids[name.removesuffix("_for_layers")] == 8 for name in apart)
+    Onnx()(quantized, (3, 16, 16), tmp_path / "network.onnx")
+    theirs = verify.predict(verify.open_session(tmp_path / "network.onnx"), images)
+    with torch.no_grad():
+        ours = as_integers(quantized)(images)
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    parity = verify.measure_parity(quantized, tmp_path / "network.onnx", images)
+    assert apart <= set(parity.per_tensor)
+    verify.assert_parity(parity)
+
+
 def test_every_layer_between_quantized_tensors_computes_on_codes(written):
     quantized, _ = written(8, 8, 8)
     graph = as_integers(quantized)

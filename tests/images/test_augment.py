@@ -100,3 +100,43 @@ def test_no_global_random_number_is_drawn():
     before = torch.random.get_rng_state()
     augment(images(), Augmentation(0.3), random())
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_colours_are_a_gain_of_each_image_and_a_shift_of_each_channel_in_deviations():
+    inputs = images(300)
+    outputs = augment(inputs, Augmentation(1.0, flip=False, colour=0.3), random())
+    means, changed = inputs.mean(dim=(2, 3), keepdim=True), outputs.mean(dim=(2, 3), keepdim=True)
+    gains = ((outputs - changed) / (inputs - means)).flatten(1)
+    deviations = inputs.std(dim=(0, 2, 3))
+    shifts = (changed - means).flatten(1) / deviations
+    gain = gains.median(dim=1, keepdim=True).values
+    torch.testing.assert_close(outputs - changed, gain[:, :, None, None] * (inputs - means), atol=1e-4, rtol=0)
+    for drawn, low, high in ((gain, 0.7, 1.3), (shifts, -0.3, 0.3)):
+        assert drawn.min() >= low - 1e-3 and drawn.max() <= high + 1e-3
+        # Uniform: deviation 0.3 / sqrt(3).
+        assert drawn.std().item() == pytest.approx(0.173, rel=0.1) and drawn.mean().item() == pytest.approx(
+            (low + high) / 2, abs=0.03
+        )
+
+
+def test_colours_do_not_depend_on_what_inputs_are_scaled_to():
+    inputs, settings = images(), Augmentation(1.0, flip=False, colour=0.5)
+    ours, raw = augment(inputs, settings, random()), augment(60 * inputs + 120, settings, random())
+    torch.testing.assert_close(60 * ours + 120, raw, atol=1e-3, rtol=0)
+
+
+def test_a_patch_is_a_rectangle_of_the_image_before():
+    height, width = 12, 16
+    inputs = torch.arange(400.0).view(-1, 1, 1, 1).expand(-1, 2, height, width)
+    outputs = augment(inputs, Augmentation(1.0, flip=False, cut_mix=0.5), random())
+    patched = (outputs - inputs).abs() > 0.5
+    # Of 400, with a deviation of 10.
+    assert 160 < patched.flatten(1).any(dim=1).sum() < 240
+    for number in patched.flatten(1).any(dim=1).nonzero().flatten().tolist():
+        first, second = patched[number]
+        assert torch.equal(first, second)
+        rows, columns = first.any(dim=1), first.any(dim=0)
+        assert torch.equal(first, rows[:, None] & columns[None, :])
+        assert height // 4 <= rows.sum() <= 3 * height // 4 and width // 4 <= columns.sum() <= 3 * width // 4
+        assert int(rows.diff().sum()) <= 2 and int(columns.diff().sum()) <= 2
+        torch.testing.assert_close(outputs[number][:, first], torch.full((2, int(first.sum())), (number - 1.0) % 400))

@@ -129,6 +129,33 @@ def test_distilling_brings_answers_on_other_images_closer_to_the_teachers(teache
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_from_codes_that_are_decided(teachers, images, kind):
+    student = calibrated(teachers[kind], kind, images)
+    decided = {}
+    for name, layer in student.layers.items():
+        quantizer = student.weights[name]
+        # One further than the nearest, where the grid goes on.
+        nearest = quantizer.final_codes(student.graph.get_buffer(layer.weight)).float()
+        decided[name] = (nearest + 1).clamp(max=quantizer.grid.quant_max)
+        quantizer.set_codes(decided[name])
+    with torch.no_grad():
+        before = student.graph(images.inputs[200:])
+    distilled(teachers[kind], student, shuffled(images), steps=1, learning_rate=1e-12, scale_rate=0.0)
+    with torch.no_grad():
+        assert torch.allclose(student.graph(images.inputs[200:]), before, atol=1e-5)
+    for name, codes in decided.items():
+        assert torch.equal(
+            student.weights[name].final_codes(student.graph.get_buffer(student.layers[name].weight)).float(), codes
+        )
+    distilled(teachers[kind], student, shuffled(images), steps=20, learning_rate=1e-2)
+    moved = (
+        student.weights[name].final_codes(student.graph.get_buffer(student.layers[name].weight)).float() != codes
+        for name, codes in decided.items()
+    )
+    assert all(bool(part.any()) for part in moved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight_ranges", ["minmax", "fixed", "learned"])
 def test_nothing_but_what_is_learned_changes_and_nothing_stays_in_training(teachers, images, kind, weight_ranges):
     teacher = teachers[kind]
@@ -361,6 +388,11 @@ def test_the_exported_network_computes_what_the_distilled_student_computes(teach
         ({"learning_rate": 0.0}, "learning_rate must be at least 1e-12, got 0.0"),
         ({"temperature": 0.0}, "temperature must be at least 0.001, got 0.0"),
         ({"smallest_crop": 0.0}, "smallest_crop must be 0.01 to 1, got 0.0"),
+        ({"colour": 2.0}, "colour must be 0 to 1, got 2.0"),
+        (
+            {"cut_mix": 0.5, "class_weight": 1.0},
+            "cut_mix must be 0 with a class_weight, got 0.5 and 1; an image with a patch of another has no one label",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -372,6 +404,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("after", "after must be one of calibration, rounding, got 'typo'"),
         ("optimizer", "optimizer must be one of adam, sgd, got 'typo'"),
         ("weight_ranges", "weight_ranges must be one of minmax, fixed, learned, got 'typo'"),
     ],

@@ -51,6 +51,18 @@ def test_the_headline_of_what_was_not_exported_is_about_the_simulation(simulated
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"activation_bits": 4}, "W4A4, sums in 8"),
+        ({"activation_bits": 4, "sum_bits": 4}, "W4A4"),
+        ({"activation_bits": 4, "placement": "literature"}, "W4A4"),
+    ],
+)
+def test_bits_of_sums_are_told_where_they_are_more(labelled, settings, text):
+    assert outcome.bits_text({"quantization": labelled["quantization"] | settings}) == text
+
+
 def test_the_headline_without_any_images_says_so(simulated):
     blind = simulated | {"agreement": {}, "quantized": {"top1": None}}
     assert outcome.headline(blind) == (

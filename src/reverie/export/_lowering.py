@@ -29,6 +29,7 @@ from reverie.graph.operators import (
     CLIPPING,
     CONVOLUTIONS,
     PASS_THROUGH,
+    SAME,
     arguments,
     aten,
     clipping_bounds,
@@ -92,6 +93,11 @@ def lower(quantized: QuantizedNetwork, shape: tuple[int, ...]) -> fx.GraphModule
         )
     graph = copy.deepcopy(quantized.graph).cpu()
     _drop_whole_slices(graph)
+    for node in list(graph.graph.nodes):
+        if node.target is SAME:
+            # What is left of it are two grids in a row.
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.graph.erase_node(node)
     pool_means(graph, shape)
     nodes = {node.name: node for node in graph.graph.nodes}
     for layer in quantized.layers.values():

@@ -55,6 +55,10 @@ PASS_THROUGH = frozenset(
 )
 
 
+# Stands for a tensor on its way to a second grid; it computes nothing, and is the origin of what moves it.
+SAME = aten.alias.default
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an ATen call by the names of its schema, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload)

@@ -7,8 +7,9 @@ linear layer; both operands of every add, subtraction, product and concatenation
 average pooling; and what leaves a convolution, behind the activation that clips it. Logits that a linear layer writes stay
 in float: only linear layers have integer kernels that allow it. A tensor that only moved (pooled by maximum, sliced, padded,
 reshaped) is on the grid it was on. Biases are int32. Ends (layers that read the network's input or write its output, what
-the last one reads, and logits on a grid) have `end_bits`. What only sums read (the branch of a residual block) has `sum_bits`: nothing
-is multiplied with it, so its bits cost no multiplier anything, and the papers on reconstruction leave it in float.
+the last one reads, and logits on a grid) have `end_bits`. What sums and averages read (both operands of a residual block's sum) has `sum_bits`,
+and layers that read the same tensor read it through a grid of their own (`sums.py`): nothing is multiplied with it, so its bits
+cost no multiplier anything, and the papers leave it in float.
 
 `literature`: batch norm kept, weights and what follows a ReLU only, ends as low as the rest, asymmetric weights whose
 range need not hold zero, no bias quantization (algorithms 1.1, class A). It cannot be exported.
@@ -31,7 +32,6 @@ from reverie.graph.operators import (
     CONVOLUTIONS,
     LAYERS,
     PASS_THROUGH,
-    SUMS,
     arguments,
     attribute,
     combines_computed,
@@ -41,6 +41,7 @@ from reverie.graph.operators import (
     set_attribute,
 )
 from reverie.graph.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
+from reverie.graph.sums import is_only_summed
 from reverie.grid import MAX_BITS, MIN_BITS, Grid
 
 PlacementKind = Literal["integer", "literature"]
@@ -120,7 +121,8 @@ def place(
     Args:
         end_bits: Bits at the ends of the network, weights and activations; None means no exception. Ignored (none) by
             the `literature` placement.
-        sum_bits: Bits of what only additions and subtractions read, and which is not at an end; likewise.
+        sum_bits: Bits of what additions, subtractions and averages read, no layer, and which is not at an end; likewise. With fewer bits than it
+            for layers, `graph` should come from `separate_sums`.
         bits: Of single tensors, at the ends or not.
 
     Raises:
@@ -155,7 +157,7 @@ def place(
         usual = activation_bits
         if integer and end_bits is not None and node.name in end_tensors:
             usual = end_bits
-        elif integer and sum_bits is not None and _only_summed(node):
+        elif integer and sum_bits is not None and is_only_summed(node):
             usual = sum_bits
         activations[node.name] = ActivationQuantizer(Grid(bits.activations.get(node.name, usual), signed=False))
         here = nodes[node.name]
@@ -220,13 +222,6 @@ def _origin(node: fx.Node) -> fx.Node:
             break
         node = source
     return node
-
-
-def _only_summed(node: fx.Node) -> bool:
-    """Whether whatever reads the tensor, as it is or moved, adds or subtracts it."""
-    return bool(node.users) and all(
-        user.target in SUMS or (user.target in PASS_THROUGH and _only_summed(user)) for user in node.users
-    )
 
 
 def _integer_tensors(graph: fx.GraphModule) -> set[fx.Node]:

@@ -116,9 +116,9 @@ class WeightQuantizer(nn.Module):
     """Puts a layer's weight on a per-output-channel grid.
 
     In order of its life: passes the weight through; with `set_qparams`, rounds to nearest at every call with
-    straight-through gradients; with a `rounder`, asks it; with `set_codes`, answers the stored result. While a weight
-    itself is learned, `follow` makes its range go along with it, or `learn_scale` makes the scale learned too; `settle`
-    ends either.
+    straight-through gradients; with a `rounder`, asks it; with `set_codes`, answers the stored result, until `release`
+    makes it round again. While a weight itself is learned, `follow` makes its range go along with it, or `learn_scale` makes
+    the scale learned too; `settle` ends either.
     """
 
     scale: Tensor
@@ -147,6 +147,13 @@ class WeightQuantizer(nn.Module):
         """Fixes the result; the rounder, if any, is dropped."""
         self.codes = codes.detach()
         self.rounder = None
+
+    @torch.no_grad()
+    def release(self, weight: Float[Tensor, "out *rest"]) -> None:
+        """Makes `weight` what its codes stand for, in place, and rounds it to nearest again from now on: to the same codes, at first."""
+        if self.codes is not None:
+            weight.copy_(dequantize(self.codes, self.scale, self.zero_point))
+            self.codes = None
 
     def final_codes(self, weight: Tensor) -> Tensor:
         """The codes that an integer runtime stores, int8 (signed grid) or uint8."""

@@ -1,5 +1,8 @@
 """Distillation: the whole network as one unit, its answers fitted to the teacher's on batch after batch of images.
 
+It comes before weights are rounded, or after: then it is the network-level pass behind a reconstruction unit by unit, which has
+brought every unit near its own and knows nothing of what the others left over.
+
     loss = kl_weight * temperature^2 * KL( softmax(t / temperature) || softmax(o / temperature) ) + class_weight * CE(o, y)
 
 t and o are the teacher's and the student's logits, y the label; KL is the mean over the batch of sums over classes. Learned
@@ -28,6 +31,7 @@ from reverie.descent import Descent, below, under
 from reverie.errors import ConfigError, check_range
 from reverie.graph.operators import BATCH_NORM, arguments, attribute, layers
 from reverie.graph.placement import Student
+from reverie.images.augment import Augmentation
 from reverie.images.source import Source
 from reverie.observers import weight_qparams
 from reverie.observers.minmax import MinMax
@@ -37,6 +41,7 @@ from reverie.recovery.ranges import keep_biases_in_range
 WeightRanges = Literal["minmax", "fixed", "learned"]
 Optimizer = Literal["adam", "sgd"]
 Synthetic = Literal["kept", "fresh", "both"]
+After = Literal["calibration", "rounding"]
 
 # How often a distillation is saved.
 _CHECKPOINTS = 10
@@ -48,6 +53,8 @@ class Distillation:
 
     Args:
         steps: Batches.
+        after: "calibration", and weights are rounded when it is done, by the recipe's method; or "rounding": it starts from the weights
+            that the method rounded, moves them, and leaves them rounded to nearest.
         batch: Kept images in each; of fresh ones a generator makes its own number.
         synthetic: Of a method with a generator: its "kept" images, which are refined; "fresh" ones, made anew at each step
             by the generator, which goes on training on them (the papers); or "both". Other methods have kept ones only.
@@ -63,10 +70,13 @@ class Distillation:
         scale_rate: Learning rate of scales, relative to themselves.
         smallest_crop: Least share of its area that a crop of a synthetic image shows, 1 for no crops; 0.5 in FDDA.
         smallest_real_crop: The same for a real image; 0.08 in FDDA.
-        flip: Whether images are mirrored where they are cropped; off for digits, signs and the like.
+        flip: Whether images are mirrored where they are changed at all; off for digits, signs and the like.
+        colour: How much their colours are changed, in deviations (`images/augment.py`).
+        cut_mix: The share of images with a patch of another one; only without a class term.
     """
 
     steps: int = 0
+    after: After = "calibration"
     batch: int = 64
     synthetic: Synthetic = "kept"
     optimizer: Optimizer = "adam"
@@ -81,6 +91,8 @@ class Distillation:
     smallest_crop: float = 1.0
     smallest_real_crop: float = 0.5
     flip: bool = True
+    colour: float = 0.0
+    cut_mix: float = 0.0
 
     def __post_init__(self) -> None:
         check_range(
@@ -95,10 +107,25 @@ class Distillation:
             scale_rate=(0, math.inf),
             smallest_crop=(0.01, 1),
             smallest_real_crop=(0.01, 1),
+            colour=(0, 1),
+            cut_mix=(0, 1),
         )
-        for name, kind in (("synthetic", Synthetic), ("optimizer", Optimizer), ("weight_ranges", WeightRanges)):
+        if self.cut_mix and self.class_weight:
+            raise ConfigError(
+                f"cut_mix must be 0 with a class_weight, got {self.cut_mix:g} and {self.class_weight:g}; an image with a patch of another "
+                "has no one label"
+            )
+        choices = {"after": After, "synthetic": Synthetic, "optimizer": Optimizer, "weight_ranges": WeightRanges}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+
+    def augmentation(self, *, real: bool) -> Augmentation | None:
+        """What happens to every image that is real, or is not; None if nothing."""
+        smallest = self.smallest_real_crop if real else self.smallest_crop
+        if smallest == 1 and not self.colour and not self.cut_mix:
+            return None
+        return Augmentation(smallest, self.flip, self.colour, self.cut_mix)
 
 
 def distil(
@@ -114,7 +141,7 @@ def distil(
 
     Args:
         teacher: Full precision; asked for logits only where a batch does not bring them.
-        student: Calibrated, no codes decided.
+        student: Calibrated; where codes are decided, they are where it starts.
         source: Of `settings.steps` batches.
 
     Raises:
@@ -203,6 +230,8 @@ def _learn(student: Student, settings: Distillation) -> tuple[dict[str, Tensor],
         if node.op == "call_function" and node.target is BATCH_NORM:
             named = arguments(node)
             names |= {str(named[key].target) for key in ("weight", "bias") if named[key] is not None}
+    for name, layer in student.layers.items():
+        student.weights[name].release(graph.get_buffer(layer.weight))
     weights = {name: graph.get_buffer(name).requires_grad_() for name in sorted(names)}
     scales: dict[str, Tensor] = {}
     for name, quantizer in student.weights.items():

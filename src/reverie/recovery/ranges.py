@@ -46,7 +46,7 @@ def calibrate_activations(
 def watch_tensors(
     teacher: fx.GraphModule,
     tensors: Iterable[str],
-    parts: Sequence[Float[Tensor, "batch *shape"]],
+    parts: Sequence[Float[Tensor, "_ *shape"]],
     observer: Observer,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Watch]:
