@@ -30,7 +30,9 @@ def test_the_headline_without_labels_gives_the_estimate_of_the_drop(unlabelled, 
         "tiny at W4A8 gives the class of full precision on 96.88 % of 32 held-out synthetic images; "
         f"without labels, its accuracy is estimated to be lower by {said}. The file is "
     )
-    assert outcome.notes(unlabelled)[2] == f"estimated drop: {said}, from answers that are 0.0931 apart on 32 images made for it"
+    assert (
+        outcome.notes(unlabelled)[2] == f"estimated drop: {said}, from answers that are 0.0931 apart on 32 images made for it"
+    )
 
 
 def test_with_labels_the_truth_is_the_headline(labelled):
