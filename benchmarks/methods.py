@@ -126,9 +126,12 @@ for table, number in ((FRESH_FOUR, 4), (FRESH_THREE, 3)):
 # What `best` chooses, without data and with 1,024 real images.
 for weights, activations in ((4, 4), (3, 3), (2, 4), (2, 2)):
     chosen = f"{RESNET20} --recipe best --weight-bits {weights} --activation-bits {activations}"
-    table = f"W{weights}A{activations}, 8-bit ends, integer, exported"
+    table = f"W{weights}A{activations}, sums in 8, 8-bit ends, integer, exported"
     ROWS |= {
         f"best-{weights}{activations}": Row(table, "best", "none", chosen),
+        f"best-{weights}{activations}-sums": Row(
+            table, f"best, sums in {activations} too", "none", f"{chosen} --set quantization.sum_bits={activations}"
+        ),
         f"best-real-{weights}{activations}": Row(table, "best", "1,024 real images", f"{chosen} {MORE}"),
     }
 ROWS |= {
@@ -170,7 +173,21 @@ ROWS |= {
         f"{MOBILENET} {LITERATURE} {NEAREST} {bits(4)} --recipe fdda --calibration {{assets}}/data/imagenet_sample",
     ),
 }
-SLOW = [name for name in ROWS if name.startswith("mobilenet_v2")]
+# 1,000 real images, one of each class.
+SAMPLE = "--images 0 --set held_out=0 --calibration {assets}/data/imagenet_sample"
+for network, title, named in (
+    ("mobilenet_v2", "MobileNetV2", MOBILENET),
+    ("lite0", "EfficientNet-Lite0", "package:efficientnet_lite0 --evaluate {assets}/data/nips2017"),
+):
+    for activations in (8, 4):
+        sums = "" if activations == 8 else "sums in 8, "
+        table = f"{title}, W4A{activations}, {sums}8-bit ends, integer, exported"
+        chosen = f"{named} --recipe best --weight-bits 4 --activation-bits {activations}"
+        ROWS |= {
+            f"{network}-best-4{activations}": Row(table, "best", "none", chosen),
+            f"{network}-best-real-4{activations}": Row(table, "best", "1,000 real images", f"{chosen} {SAMPLE}"),
+        }
+SLOW = [name for name in ROWS if name.startswith(("mobilenet_v2", "lite0"))]
 
 
 def cifar10(assets: Path, name: str) -> tuple[np.ndarray, np.ndarray]:

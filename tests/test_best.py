@@ -27,7 +27,8 @@ def test_bits_decide_the_rounding(tiny_cnn, weights, activations, preset):
     assert choice.preset == preset
     assert (recipe.quantization.weight_bits, recipe.quantization.activation_bits) == (weights, activations)
     assert recipe.export is not None
-    assert len(choice.reasons) == 2
+    assert len(choice.reasons) == (3 if preset == "qdrop" else 2)
+    assert recipe.distils_after("rounding") == (preset == "qdrop")
 
 
 def test_without_bits_it_is_eight(tiny_cnn):
@@ -48,14 +49,23 @@ def test_many_classes_are_asked_for_and_few_are_not(tiny_cnn):
     assert choose(many, bits(4, 4)).recipe().synthesis.class_weight == 0.1
 
 
-@pytest.mark.parametrize(("real", "synthetic"), [(10, 1024), (1024, 0)])
+@pytest.mark.parametrize(("real", "synthetic"), [(10, 1024), (1024, 0), (3000, 0)])
 def test_enough_real_images_stand_alone(tiny_cnn, real, synthetic):
     network = tiny_cnn()
     shape = (network.input.channels, network.input.height, network.input.width)
     images = Images(inputs=torch.zeros(real, *shape), labels=None, sources=("real",) * real)
     recipe = choose(network, bits(4, 4), calibration=images).recipe()
     assert recipe.images == synthetic
-    assert recipe.calibration_images >= min(real, 1024)
+    assert recipe.calibration_images == 1024
+
+
+def test_where_there_is_nothing_to_dream_from_real_images_stand_alone(tiny_cnn):
+    network = dataclasses.replace(tiny_cnn(), module=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 10)))
+    shape = (network.input.channels, network.input.height, network.input.width)
+    choice = choose(network, bits(4, 4), calibration=Images(inputs=torch.zeros(3, *shape), labels=None))
+    recipe = choice.recipe()
+    assert (recipe.images, recipe.held_out) == (0, 0)
+    assert choice.reasons[-1] == "images: the 3 real ones alone, as the network has no batch norm to make any from"
 
 
 def test_what_the_user_wants_wins(tiny_cnn):
@@ -67,17 +77,18 @@ def test_what_the_user_wants_wins(tiny_cnn):
 @pytest.mark.parametrize(
     ("factors", "preset", "told"),
     [
-        ({"qdrop": 1.0}, "qdrop", ["budget: qdrop fits 5 min"]),
-        ({"qdrop": 0.5}, "qdrop", ["budget: qdrop fits 5 min"]),
+        ({"whole": 1.0}, "qdrop", ["budget: qdrop and distillation fit 5 min"]),
+        ({"whole": 0.5}, "qdrop", ["budget: qdrop and distillation fit 5 min"]),
         (
-            {"qdrop": 0.25, "gptq": 1.0},
-            "gptq",
-            ["budget: qdrop would take about 20 min 0 s, so not that", "budget: gptq fits 5 min"],
+            {"whole": 0.25, "qdrop": 0.5},
+            "qdrop",
+            ["budget: qdrop and distillation would take about 20 min 0 s, so not that", "budget: qdrop fits 5 min"],
         ),
         (
-            {"qdrop": None, "gptq": 0.1},
+            {"whole": None, "qdrop": None, "gptq": 0.1},
             "gptq",
             [
+                "budget: qdrop and distillation: budget must be at least 9 min, got 5, so not that",
                 "budget: qdrop: budget must be at least 9 min, got 5, so not that",
                 "budget: gptq would take about 50 min 0 s, and nothing is quicker",
             ],
@@ -86,7 +97,8 @@ def test_what_the_user_wants_wins(tiny_cnn):
 )
 def test_a_budget_takes_the_first_that_fits(tiny_cnn, monkeypatch, factors, preset, told):
     def fit(recipe, teacher, real, minutes, *, progress):
-        factor = factors["gptq" if recipe.rounding.needs == "moments" else "qdrop"]
+        name = "whole" if recipe.distillation.steps else "gptq" if recipe.rounding.needs == "moments" else "qdrop"
+        factor = factors[name]
         if factor is None:
             raise ConfigError("budget must be at least 9 min, got 5; give it more")
         return Schedule(minutes, factor, {})
@@ -94,7 +106,8 @@ def test_a_budget_takes_the_first_that_fits(tiny_cnn, monkeypatch, factors, pres
     monkeypatch.setattr(best, "fit", fit)
     choice = choose(tiny_cnn(), bits(4, 4), minutes=5.0)
     assert choice.preset == preset
-    assert list(choice.reasons[2:]) == told
+    assert list(choice.reasons[-len(told) :]) == told
+    assert (choice.recipe().distillation.steps > 0) == (len(told) == 1)
 
 
 def test_a_run_goes_on_with_what_was_chosen_for_it(tmp_path):

@@ -6,7 +6,8 @@ where they were measured (docs/log.md; ResNet-20 at 32 px unless said):
     weights, activations   rounding                                       because
     8, 8                   nearest, biases corrected (`zeroq`)            0.1 to 0.5 points lost, MobileNetV2 and Lite0 too
     3 to 7, 8              second order (`gptq`)                          as good as learned layer by layer, in a thirtieth of the time
-    fewer, or under 8      blocks, half the values dropped (`qdrop`)      ranges of activations have to be learned with the codes
+    fewer, or under 8      blocks, half the values dropped (`qdrop`),     ranges of activations have to be learned with the codes, and what
+                           then the whole network, distilled              blocks leave over is a third less when all is learned at once
 
 Images: 50 steps from natural noise are worth more than 200 from white noise; the class term helps where there are fewer images than
 classes (MobileNetV2) and harms where there are many (ResNet-20). Ranges of 2-bit activations are those of the smallest error and are
@@ -20,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from reverie.budget import fit
 from reverie.errors import ConfigError
@@ -50,6 +53,11 @@ class Choice:
     preset: str
     settings: Mapping[str, Any]
     reasons: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The preset, and distillation if there is some behind it."""
+        return f"{self.preset} and distillation" if "distillation.steps" in self.settings else self.preset
 
     def recipe(self, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """The recipe, with what the user wants otherwise."""
@@ -89,7 +97,7 @@ def choose(
         told = _verdict(candidate, wanted, teacher, calibration, minutes, progress or Silent())
         if told is None or candidate is candidates[-1]:
             fits = (
-                f"budget: {candidate.preset} fits {minutes:g} min"
+                f"budget: {candidate.name} {'fits' if candidate.name == candidate.preset else 'fit'} {minutes:g} min"
                 if told is None
                 else f"budget: {told}, and nothing is quicker"
             )
@@ -113,10 +121,10 @@ def _verdict(
     try:
         schedule = fit(choice.recipe(wanted), teacher, real, minutes, progress=progress)
     except ConfigError as error:
-        return f"{choice.preset}: {str(error).partition(';')[0]}"
+        return f"{choice.name}: {str(error).partition(';')[0]}"
     if schedule.factor >= _LEAST_SHARE:
         return None
-    return f"{choice.preset} would take about {duration_text(60 * minutes / schedule.factor)}"
+    return f"{choice.name} would take about {duration_text(60 * minutes / schedule.factor)}"
 
 
 def _candidates(weights: int, activations: int, network: Network, real: int) -> list[Choice]:
@@ -143,12 +151,33 @@ def _candidates(weights: int, activations: int, network: Network, real: int) -> 
         blocks["activations.percentile"] = 99.99
     blocks["reconstruction.range_rate"] = 1e-2 if coarse else 3e-3
     named = f"W{weights}A{activations}"
-    qdrop = Choice(
+    learned = f"qdrop: at {named} codes and ranges are learned together, block by block, half of all values unquantized"
+    qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
+    whole = Choice(
         "qdrop",
-        images | _bits(weights, activations) | blocks,
-        (f"qdrop: at {named} codes and ranges are learned together, block by block, half of all values unquantized", *why),
+        qdrop.settings | _distillation(network),
+        (
+            learned,
+            "distillation: then the whole network at once, on images that are cropped, mirrored and recoloured anew",
+            *why,
+        ),
     )
-    return [qdrop, gptq]
+    return [whole, qdrop, gptq]
+
+
+def _distillation(network: Network) -> dict[str, Any]:
+    """The pass of the whole network behind the blocks."""
+    small = _side(network) <= 64
+    return {
+        "distillation.after": "rounding",
+        "distillation.steps": 600 if small else 100,
+        "distillation.batch": 64 if small else 32,
+        "distillation.smallest_crop": 0.6,
+    }
+
+
+def _side(network: Network) -> int:
+    return max(network.input.height, network.input.width)
 
 
 def _bits(weights: int, activations: int) -> dict[str, Any]:
@@ -158,10 +187,12 @@ def _bits(weights: int, activations: int) -> dict[str, Any]:
 
 def _images(network: Network, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """How many images of which kind, and why."""
-    if real >= _ENOUGH_REAL:
-        settings: dict[str, Any] = {"images": 0, "held_out": 0, "calibration_images": real}
-        return settings, (f"images: the {real} real ones alone",)
-    side = max(network.input.height, network.input.width)
+    dreams = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.module.modules())
+    if real >= _ENOUGH_REAL or (real and not dreams):
+        settings: dict[str, Any] = {"images": 0, "held_out": 0, "calibration_images": _ENOUGH_REAL}
+        without = "" if dreams else ", as the network has no batch norm to make any from"
+        return settings, (f"images: the {real} real ones alone{without}",)
+    side = _side(network)
     count = 1024 if side <= 64 else 256 if side <= 128 else 64
     labelled = count < network.classes
     settings = {
