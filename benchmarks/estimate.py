@@ -162,7 +162,7 @@ def measure(name: str, assets: Path) -> None:
     known, kept = teacher.logits(images.inputs), {}
     for setting, recipe in missing.items():
         learned = made(recipe, teacher, kept, "images", recipe.images)
-        foreign = made(estimating(recipe, network.input), teacher, kept, "estimate", recipe.estimate_images)
+        foreign = made(estimating(recipe), teacher, kept, "estimate", recipe.estimate_images)
         with tempfile.TemporaryDirectory() as folder, RunDirectory.open(Path(folder) / "run", {}) as directory:
             student = as_integers(quantize(recipe, teacher, {method_name(recipe): learned}, directory, Silent())[1])
         far, answers = (

@@ -155,7 +155,7 @@ def _candidates(weights: int, activations: int, network: Network, real: int) -> 
     qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
     whole = Choice(
         "qdrop",
-        qdrop.settings | _distillation(network),
+        {**qdrop.settings, **_distillation(network)},
         (
             learned,
             "distillation: then the whole network at once, on images that are cropped, mirrored and recoloured anew",

@@ -137,9 +137,7 @@ def run(
             held_out = _images(recipe, teacher, directory, "held-out", recipe.held_out, progress)
             foreign = None
             if teacher.batch_norms and not labelled:
-                foreign = _images(
-                    estimating(recipe, network.input), teacher, directory, "estimate", recipe.estimate_images, progress
-                )
+                foreign = _images(estimating(recipe), teacher, directory, "estimate", recipe.estimate_images, progress)
             if images is not None:
                 write_images(images, teacher, directory.path, limit=32)
         parts = {method_name(recipe): images, "real": _answered(calibration, teacher)}

@@ -20,7 +20,6 @@ from reverie.graph.placement import Bits, Student, place
 from reverie.graph.sums import separate_sums
 from reverie.images import Images
 from reverie.images.augment import Augmentation
-from reverie.images.contract import InputContract
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
 from reverie.models import Network
 from reverie.plugins import name_of
@@ -30,7 +29,6 @@ from reverie.recipe import Quantization, Recipe
 from reverie.recovery.mixed_precision import check_budgets
 from reverie.synthesis import ImageStream, Streaming, Teacher
 from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule
-from reverie.synthesis._photographs import to_inputs
 from reverie.synthesis.zeroq import ZeroQ
 
 
@@ -105,16 +103,13 @@ def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, folder: 
     )
 
 
-def estimating(recipe: Recipe, contract: InputContract) -> Recipe:
+def estimating(recipe: Recipe) -> Recipe:
     """The recipe with the method whose images the drop is estimated on (`report/estimate.py`), whatever its own is.
 
     Batch norms matched from white noise, no classes asked for: images that no preset learns from. What a student learned from, or
     is alike, flatters it; images of classes are so clear that it answers them right until it is ruined (docs/log.md).
     """
-    gain, _ = to_inputs(contract)
-    # Raw pixels of 0 to 255 take larger steps.
-    rate = 0.1 * float(gain.mean())
-    return replace(recipe, synthesis=ZeroQ(start="white", swing=False, input_weight=0.0, steps=40, learning_rate=rate))
+    return replace(recipe, synthesis=ZeroQ(start="white", swing=False, input_weight=0.0, steps=40))
 
 
 def stream_of(recipe: Recipe, method: Streaming, teacher: Teacher, folder: Path, progress: Progress) -> ImageStream:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from reverie.checkpoints import Forgetful
 from reverie.errors import ConfigError
@@ -10,8 +11,12 @@ from reverie.models import InputContract
 from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.report.fidelity import describe
-from reverie.synthesis import Teacher
+from reverie.synthesis import Streaming, Teacher
 from reverie.synthesis._photographs import natural_noise, to_inputs
+from reverie.synthesis.dsg import Dsg
+from reverie.synthesis.dsg_generator import DsgGenerator
+from reverie.synthesis.gdfq import Gdfq
+from reverie.synthesis.genie import Genie
 from reverie.synthesis.zeroq import ZeroQ
 
 
@@ -73,3 +78,47 @@ def test_an_unknown_start_is_refused():
     with pytest.raises(ConfigError) as caught:
         method.__post_init__()
     assert str(caught.value) == "start must be one of natural, white, got 'grey'"
+
+
+class Raw(nn.Module):
+    """A network that takes pixels of 0 to 255 and normalizes them itself."""
+
+    def __init__(self, module, mean, deviation):
+        super().__init__()
+        self.module, self.mean, self.deviation = module, mean, deviation
+
+    def forward(self, x):
+        return self.module((x / 255 - self.mean) / self.deviation)
+
+
+METHODS = {
+    "zeroq": ZeroQ(steps=8, batch=16, class_weight=0.1, variation_weight=0.1),
+    "zeroq, white": ZeroQ(steps=8, batch=16, start="white"),
+    "dsg": Dsg(steps=8, batch=16),
+    "genie": Genie(steps=4, batch=16),
+    "gdfq": Gdfq(steps=2, batch=16, refine_steps=4, latent=8, width=8),
+    "dsg_generator": DsgGenerator(steps=2, batch=16, refine_steps=4, latent=8, width=8),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_units_of_the_inputs_do_not_matter(tiny_cnn, name):
+    network = tiny_cnn()
+    data, raw = (
+        InputContract(channels=3, height=16, width=16, mean=(mean,) * 3, std=(std,) * 3)
+        for mean, std in ((0.45, 0.25), (0.0, 1 / 255))
+    )
+    pixels = {}
+    for contract, module in ((data, network.module), (raw, Raw(network.module, 0.45, 0.25).eval())):
+        teacher = Teacher(capture(module, contract.shape), contract, network.classes, network.name)
+        kept = {"checkpoints": Forgetful(), "progress": Silent()}
+        method = METHODS[name]
+        if isinstance(method, Streaming):
+            images = method.stream(teacher, seed=Seed(0), **kept).sample(16, Seed(1), **kept)
+        else:
+            images = method(teacher, 16, seed=Seed(0), **kept)
+        pixels[contract] = contract.denormalize(images.inputs)
+    # A step of Adam may fall to the other side where a gradient is next to nothing.
+    far = (pixels[data] - pixels[raw]).abs()
+    assert far.mean() < 1e-3 and (far < 1e-2).float().mean() > 0.97
+    assert pixels[raw].std() > 0.1

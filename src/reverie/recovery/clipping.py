@@ -40,6 +40,7 @@ from reverie.randomness import Seed
 from reverie.recovery.ranges import calibrate_activations
 from reverie.synthesis import Teacher, batches
 from reverie.synthesis._losses import total_variation
+from reverie.synthesis._photographs import to_inputs
 from reverie.synthesis._pixels import descend, in_batches
 
 
@@ -51,7 +52,7 @@ class Clipping:
         images: How many; 0 leaves the step out, a few for each class are enough.
         steps: Adam steps for each batch; the rate falls by a half cosine.
         batch: Images optimised together.
-        learning_rate: Of the first step, in input units.
+        learning_rate: Of the first step, where photographs deviate by 1.
         variation_weight: Of the total variation; it also decides how sure is sure enough.
         percentile: Upper end of a range, 75 to 100; the lower end leaves as large a share out, so it is 0 behind a ReLU.
             100 is the exact maximum (and minimum).
@@ -135,16 +136,18 @@ def _batch(teacher: Teacher, settings: Clipping, labels: Tensor, seed: Seed, ste
     noise = torch.randn(len(labels), *teacher.input.shape, generator=seed.generator()).to(teacher.device)
     targets = labels.to(teacher.device)
 
-    def loss(pixels: Tensor) -> Tensor:
-        likelihood = functional.cross_entropy(teacher.graph(pixels), targets)
-        return likelihood + settings.variation_weight * total_variation(pixels)
+    gain = to_inputs(teacher.input)[0].to(noise)
+
+    def loss(inputs: Tensor) -> Tensor:
+        likelihood = functional.cross_entropy(teacher.graph(inputs), targets)
+        return likelihood + settings.variation_weight * total_variation(inputs / gain)
 
     return descend(
         noise,
         loss,
+        teacher.input,
         steps=settings.steps,
         learning_rate=settings.learning_rate,
-        bounds=teacher.input.bounds(noise),
         step=step,
         setting="clipping.learning_rate",
     )

@@ -3,6 +3,10 @@
 A batch of pixels starts as noise. The rate falls by a half cosine from `learning_rate` to zero, so a run
 ends after a known number of steps, and not when a plateau is noticed.
 
+Pixels, rates and priors are in units in which photographs have about mean 0 and deviation 1: those of the network's inputs where their
+normalization was made of data statistics, and others where it was not (`_photographs.to_inputs`). In raw pixels of 0 to 255 a
+step of 0.1 would be nothing, and white noise black.
+
 A method is a frozen dataclass derived from `PixelMethod`, or from `BatchMethod` where something else than pixels is optimised, whose
 `alignment` is its loss on the statistics at the batch norms. See `zeroq.py`, the smallest.
 """
@@ -23,6 +27,7 @@ from reverie.errors import ConfigError, DivergenceError, check_range
 from reverie.graph.batch_norm import Level, Observed, Statistics
 from reverie.graph.swing import swing
 from reverie.images import Images
+from reverie.images.contract import InputContract
 from reverie.plugins import name_of
 from reverie.progress import Progress
 from reverie.randomness import Seed
@@ -75,10 +80,10 @@ class BatchMethod(ABC):
     def alignment(
         self, teacher: Teacher, observed: Observed, noise: Tensor, offset: int, generator: torch.Generator
     ) -> Alignment:
-        """The loss on pixels and their statistics, for a batch.
+        """The loss on inputs and their statistics, for a batch.
 
         Args:
-            noise: Gaussian images, as many as the batch has.
+            noise: Gaussian images, as many as the batch has, as network inputs.
             offset: Images made before this batch.
             generator: What the loss draws from, if it draws.
         """
@@ -91,7 +96,7 @@ class BatchMethod(ABC):
 
         Args:
             noise: Gaussian images, as many as the batch has, on the teacher's device.
-            loss: Of the images; to be called once each step.
+            loss: Of the images, as network inputs; to be called once each step.
             seed: The batch's.
             step: To be called after each step.
         """
@@ -120,12 +125,13 @@ class BatchMethod(ABC):
         noise, targets = noise.to(teacher.device), labels.to(teacher.device)
         graph = swing(teacher.graph, seed.at("swing").generator()) if self.swing else teacher.graph
         observed = Observed(graph, self.statistics_level())
-        align = self.alignment(teacher, observed, noise, offset, generator)
+        gain, shift = (part.to(noise) for part in to_inputs(teacher.input))
+        align = self.alignment(teacher, observed, noise * gain + shift, offset, generator)
         priors = Priors(self.input_weight, self.class_weight, self.variation_weight)
 
-        def loss(pixels: Tensor) -> Tensor:
-            logits, statistics = observed(pixels)
-            return align(pixels, statistics) + priors(pixels, logits, targets)
+        def loss(inputs: Tensor) -> Tensor:
+            logits, statistics = observed(inputs)
+            return align(inputs, statistics) + priors((inputs - shift) / gain, logits, targets)
 
         return {"inputs": self.optimise(teacher, noise, loss, seed, step), "labels": labels}
 
@@ -135,7 +141,7 @@ class PixelMethod(BatchMethod):
     """Gradient descent on pixels.
 
     Args:
-        learning_rate: Of the first step, in input units.
+        learning_rate: Of the first step, where photographs deviate by 1.
         start: What pixels are at first: "natural", noise with the spectrum and colours of photographs, or "white" noise.
         clamp: Keep pixels valid (between black and white) after each step.
     """
@@ -154,12 +160,16 @@ class PixelMethod(BatchMethod):
         self, teacher: Teacher, noise: Tensor, loss: Callable[[Tensor], Tensor], seed: Seed, step: Callable[..., None]
     ) -> Float[Tensor, "size channels height width"]:
         """From noise on, by `descend`."""
-        bounds = teacher.input.bounds(noise) if self.clamp else None
-        pixels = noise
-        if self.start == "natural":
-            gain, offset = (part.to(noise) for part in to_inputs(teacher.input))
-            pixels = natural_noise(noise) * gain + offset
-        return descend(pixels, loss, steps=self.steps, learning_rate=self.learning_rate, bounds=bounds, step=step)
+        pixels = natural_noise(noise) if self.start == "natural" else noise
+        return descend(
+            pixels,
+            loss,
+            teacher.input,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            clamp=self.clamp,
+            step=step,
+        )
 
 
 def in_batches(
@@ -204,18 +214,20 @@ def drawn(
 def descend(
     pixels: Float[Tensor, "size channels height width"],
     loss: Callable[[Tensor], Tensor],
+    contract: InputContract,
     *,
     steps: int,
     learning_rate: float,
-    bounds: tuple[Tensor, Tensor] | None,
+    clamp: bool = True,
     step: Callable[..., None],
     setting: str = "synthesis.learning_rate",
 ) -> Float[Tensor, "size channels height width"]:
-    """The pixels, on the CPU, after `steps` of Adam on `loss` from `pixels`.
+    """Network inputs, on the CPU, after `steps` of Adam on `loss` from `pixels`.
 
     Args:
-        loss: Of the pixels; called once each step.
-        bounds: Smallest and largest valid value, enforced after each step; None leaves pixels free.
+        pixels: With about mean 0 and deviation 1, see above.
+        loss: Of the network inputs that they stand for; called once each step.
+        clamp: Keep pixels valid after each step.
         step: Called after each step.
         setting: The key of the learning rate, for the error.
 
@@ -224,22 +236,25 @@ def descend(
     """
     # Channels-last makes a step 1.3 (32 px) to 1.8 (224 px) times faster on a CPU.
     pixels = pixels.clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+    gain, offset = (part.to(pixels) for part in to_inputs(contract))
+    ends = contract.bounds(pixels)
     optimizer = torch.optim.Adam([pixels], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        (pixels.grad,) = torch.autograd.grad(loss(pixels), pixels)
+        (pixels.grad,) = torch.autograd.grad(loss(pixels * gain + offset), pixels)
         optimizer.step()
         schedule.step()
-        if bounds is not None:
+        if clamp:
             with torch.no_grad():
-                torch.clamp(pixels, *bounds, out=pixels)
+                torch.clamp(pixels, *((end - offset) / gain for end in ends), out=pixels)
         step()
     if not bool(torch.isfinite(pixels).all()):
         raise DivergenceError(
             f"synthesis: pixels must stay finite, got others after {steps} steps; "
             f"try --set {setting}={learning_rate / 4:g} with another --output"
         )
-    return pixels.detach().cpu().contiguous()
+    inputs = pixels.detach() * gain + offset
+    return (torch.clamp(inputs, *ends) if clamp else inputs).cpu().contiguous()
 
 
 @dataclass(frozen=True)
@@ -247,7 +262,7 @@ class Priors:
     """Weights of the terms that look at the pixels and at the answers; a weight of 0 leaves its term out.
 
     Args:
-        input: Of the squared deviation of each image's channels from mean 0 and standard deviation 1.
+        input: Of the squared deviation of each image's channels from mean 0 and standard deviation 1, as photographs have.
         label: Of the cross-entropy to the label.
         variation: Of the total variation.
     """

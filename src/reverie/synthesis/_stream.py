@@ -41,6 +41,7 @@ from reverie.randomness import Seed
 from reverie.synthesis import Teacher, even_batches, lacks_batch_norm
 from reverie.synthesis._generator import CONDITIONINGS, Conditioning, Generator
 from reverie.synthesis._losses import matching_loss, pooled, running, statistics_distance
+from reverie.synthesis._photographs import to_inputs
 from reverie.synthesis._pixels import descend, in_batches
 
 # How often a warm-up is saved.
@@ -161,20 +162,21 @@ class GeneratorStream(nn.Module):
             place = int(chosen[0])
             asked = labels[chosen].to(self.device)
 
-            def loss(pixels: Tensor) -> Tensor:
-                return torch.stack(list(self.judge(pixels, asked, place, random)[0].values())).sum()
+            def loss(images: Tensor) -> Tensor:
+                return torch.stack(list(self.judge(images, asked, place, random)[0].values())).sum()
 
             start = inputs[chosen].to(self.device)
-            pixels = descend(
-                start,
+            gain, offset = (part.to(start) for part in to_inputs(self.input))
+            refined = descend(
+                (start - offset) / gain,
                 loss,
+                self.input,
                 steps=settings.refine_steps,
                 learning_rate=settings.refine_rate,
-                bounds=self.input.bounds(start),
                 step=step,
                 setting="synthesis.refine_rate",
             )
-            return {"inputs": pixels}
+            return {"inputs": refined}
 
         refined = in_batches(
             refine,
@@ -238,7 +240,7 @@ class GeneratorMethod:
         learning_rate: Of Adam with betas 0.5 and 0.999; 1e-3 in all repositories of the family, for 80,000 steps.
         decay: Factor on the learning rate after each quarter of the student's steps.
         refine_steps: Adam steps on the pixels of the images that are kept; 0, as in the papers, keeps them as they are generated.
-        refine_rate: Learning rate of the first of these steps, in input units.
+        refine_rate: Learning rate of the first of these steps, where photographs deviate by 1.
     """
 
     steps: int = 400

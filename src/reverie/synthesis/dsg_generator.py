@@ -23,6 +23,7 @@ from reverie.errors import check_range
 from reverie.graph.batch_norm import Level
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher
+from reverie.synthesis._photographs import to_inputs
 from reverie.synthesis._slack import correlation, enhancement, measure_slack, slack_alignment
 from reverie.synthesis._stream import GeneratorMethod, GeneratorStream
 
@@ -37,7 +38,8 @@ class DsgGeneratorStream(GeneratorStream):
         super().__init__(settings, teacher, seed)
         noise = torch.randn(settings.batch, *teacher.input.shape, generator=seed.at("slack").generator())
         with torch.no_grad():
-            shown = self.observed(noise.to(self.device))[1]
+            gain, offset = to_inputs(teacher.input)
+            shown = self.observed((noise * gain + offset).to(self.device))[1]
         self.slack = measure_slack(shown, self.norms, settings.quantile, relative=settings.relative)
 
     def judge(self, inputs: Tensor, labels: Tensor, place: int, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
