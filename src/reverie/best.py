@@ -158,7 +158,7 @@ def _candidates(weights: int, activations: int, network: Network, real: int) -> 
         {**qdrop.settings, **_distillation(network)},
         (
             learned,
-            "distillation: then the whole network at once, on images that are cropped, mirrored and recoloured anew",
+            "distillation: then the whole network at once, on images that are cropped, mirrored, recoloured and mixed anew",
             *why,
         ),
     )
@@ -166,13 +166,17 @@ def _candidates(weights: int, activations: int, network: Network, real: int) -> 
 
 
 def _distillation(network: Network) -> dict[str, Any]:
-    """The pass of the whole network behind the blocks."""
+    """The pass of the whole network behind the blocks; changed images keep it from learning those it has by heart."""
     small = _side(network) <= 64
     return {
         "distillation.after": "rounding",
         "distillation.steps": 600 if small else 100,
         "distillation.batch": 64 if small else 32,
+        "distillation.learning_rate": 1e-3,
+        "distillation.scale_rate": 3e-4,
         "distillation.smallest_crop": 0.6,
+        "distillation.colour": 0.2,
+        "distillation.cut_mix": 0.3,
     }
 
 
