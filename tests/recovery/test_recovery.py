@@ -343,12 +343,13 @@ class ConvNeXt(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.depthwise = torch.nn.Conv2d(3, 8, 2, stride=2), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.up, self.down, self.head = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8), torch.nn.Linear(8, 5)
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        self.last, self.head = torch.nn.Conv2d(8, 6, 1), torch.nn.Linear(6, 5)
 
     def forward(self, x):
         x = self.stem(x)
         y = self.down(torch.nn.functional.gelu(self.up(self.depthwise(x).permute(0, 2, 3, 1))))
-        return self.head((x + y.permute(0, 3, 1, 2)).flatten(2).mean(2))
+        return self.head(self.last(x + y.permute(0, 3, 1, 2)).flatten(2).mean(2))
 
 
 class Patches(torch.nn.Module):
@@ -364,7 +365,7 @@ class Patches(torch.nn.Module):
         return self.head((windows.reshape(-1, 16, 8) + tokens).mean(1))
 
 
-@pytest.mark.parametrize(("network", "channels"), [(ConvNeXt, [8, 8, 5]), (Patches, [8, 8, 5])])
+@pytest.mark.parametrize(("network", "channels"), [(ConvNeXt, [8, 8, 6, 5]), (Patches, [8, 8, 5])])
 def test_the_loss_is_summed_over_channels_wherever_they_are(monkeypatch, network, channels):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
