@@ -1,6 +1,7 @@
 """What `best` chooses, why, and that it says so."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from reverie import best
 from reverie.best import Choice, choose
 from reverie.budget import Schedule
-from reverie.errors import ConfigError
+from reverie.errors import BudgetError, ConfigError
 from reverie.images import Images
 from reverie.recipe import read
 
@@ -100,7 +101,7 @@ def test_a_budget_takes_the_first_that_fits(tiny_cnn, monkeypatch, factors, pres
         name = "whole" if recipe.distillation.steps else "gptq" if recipe.rounding.needs == "moments" else "qdrop"
         factor = factors[name]
         if factor is None:
-            raise ConfigError("budget must be at least 9 min, got 5; give it more")
+            raise BudgetError("budget must be at least 9 min, got 5; give it more")
         return Schedule(minutes, factor, {})
 
     monkeypatch.setattr(best, "fit", fit)
@@ -108,6 +109,71 @@ def test_a_budget_takes_the_first_that_fits(tiny_cnn, monkeypatch, factors, pres
     assert choice.preset == preset
     assert list(choice.reasons[-len(told) :]) == told
     assert (choice.recipe().distillation.steps > 0) == (len(told) == 1)
+
+
+QUICK = {"images": 16, "calibration_images": 16, "synthesis.batch": 16}
+
+
+def test_minutes_are_those_that_a_trial_measures(tiny_cnn):
+    wanted = bits(4, 4) | QUICK
+    assert choose(tiny_cnn(), wanted, minutes=1000.0).reasons[-1] == "budget: qdrop fits 1000 min"
+    few = choose(tiny_cnn(), wanted, minutes=1e-6)
+    assert few.preset == "gptq"
+    passed, fits = few.reasons[-2:]
+    assert re.fullmatch(
+        r"budget: qdrop: budget must be at least 0\.\d min for this network and recipe here, got 1e-06, so not that", passed
+    )
+    assert re.fullmatch(
+        r"budget: gptq: budget must be at least 0\.\d min for this network and recipe here, got 1e-06, and nothing is quicker",
+        fits,
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "preset", "method"),
+    [
+        ({"bit_operations": 9.5}, "qdrop", "W3A3"),
+        ({"bit_operations": 64.0}, "zeroq", None),
+        ({"bit_operations": 5.0}, "qdrop", "W2A2"),
+        # What is left for the other kind.
+        ({"bit_operations": 24.0, "effective_bits": 3.0}, "gptq", None),
+        ({"bit_operations": 12.0, "effective_activation_bits": 4.0}, "qdrop", "W3A4"),
+        ({"effective_bits": 3.9}, "gptq", None),
+        ({"effective_activation_bits": 4.5}, "qdrop", "W8A4"),
+    ],
+)
+def test_means_of_bits_decide_as_bits_do(tiny_cnn, limits, preset, method):
+    choice = choose(tiny_cnn(), {f"mixed_precision.{name}": limit for name, limit in limits.items()})
+    assert choice.preset == preset
+    assert method is None or f"at {method} " in choice.reasons[0]
+
+
+def test_single_tensors_with_fewer_bits_decide_the_method_and_not_the_others_bits(tiny_cnn):
+    wanted = {"bits.weights": {"_3": 2}}
+    choice = choose(tiny_cnn(), wanted)
+    assert choice.preset == "qdrop"
+    recipe = choice.recipe(wanted)
+    assert (recipe.quantization.weight_bits, recipe.bits.weights) == (8, {"_3": 2})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "settings", "expected"),
+    [
+        (
+            {"synthesis.nonsense": 3},
+            {"minutes": 5.0},
+            "recipe qdrop: [synthesis]: unknown key 'nonsense'; choose one of ",
+        ),
+        ({}, {"minutes": -1.0}, "budget must be a number of minutes above 0, got -1; leave it out for the recipe's own steps"),
+        ({}, {"device": "nowhere"}, "device must be one that PyTorch can use here, got 'nowhere'; use 'cpu'"),
+        ({"bits.weights": {"_3": 9}}, {}, "recipe zeroq: [bits]: bits.weights must be 2 to 8, got 9 for '_3'"),
+    ],
+)
+def test_what_is_wrong_is_refused_and_not_taken_for_too_few_minutes(tiny_cnn, wanted, settings, expected):
+    with pytest.raises(ConfigError) as caught:
+        choose(tiny_cnn(), bits(4, 4) | wanted, **settings)
+    told = str(caught.value)
+    assert told.startswith(expected) if expected.endswith(" ") else told == expected
 
 
 def test_a_run_goes_on_with_what_was_chosen_for_it(tmp_path):

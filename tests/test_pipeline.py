@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
-from reverie import runs
+from reverie import pipeline, runs
 from reverie.errors import ConfigError, ExportError, ModelError
 from reverie.export import _verify
 from reverie.export._packed import restore
@@ -201,6 +202,19 @@ def test_a_finished_run_can_be_moved_and_its_network_restored(tiny_cnn, quick, t
     assert parity.max_code_difference <= 1 and parity.top1_agreement == 1.0
 
 
+def test_a_student_with_other_bits_restores_nothing(tiny_cnn, quick, tmp_path):
+    network = tiny_cnn()
+    file = run(quick, network, output=tmp_path / "run").path / "network.safetensors"
+    _, student = student_of(as_teacher(network).graph, replace(quick.quantization, activation_bits=5))
+    with pytest.raises(ConfigError) as caught:
+        restore(student, file)
+    told = {name: quantizer.grid.bits for name, quantizer in student.activations.items()}
+    name = next(name for name, bits in told.items() if bits == 5)
+    assert str(caught.value) == (
+        f"{file}: tensor {name} must have the 8 bits that are stored, got a student with 5; place it with `stored_bits`"
+    )
+
+
 def test_the_checkpoint_stores_four_bit_weights_in_four_bits(tiny_cnn, quick, tmp_path):
     done = run(quick, tiny_cnn(), output=tmp_path / "run")
     with safe_open(done.path / "network.safetensors", framework="pt") as file:
@@ -266,6 +280,42 @@ def test_the_literature_placement_runs_without_export_and_refuses_one(tiny_cnn, 
     done = run(recipe, network, output=tmp_path / "run", evaluation=network.held_out())
     assert done.metrics["quantized"]["top1"] > 0.9
     assert done.metrics["exported"]["top1"] is None and not (done.path / "network.onnx").exists()
+
+
+class Windows(nn.Module):
+    """Two linear layers whose rows are windows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        windows = self.stem(x).flatten(2).mT.reshape(-1, 4, 4)
+        windows = self.second(self.first(windows).relu())
+        return self.head(windows.reshape(x.shape[0], 16, 4).mean(1))
+
+
+def test_units_that_cannot_be_isolated_are_refused_before_images_are_made(tmp_path, monkeypatch):
+    contract = InputContract(channels=3, height=4, width=4, mean=(0.5,) * 3, std=(0.25,) * 3)
+    network = Network(name="windows", module=Windows().eval(), input=contract, classes=5)
+    settings = {
+        "rounding.method": "adaround",
+        "reconstruction.iterations": 2,
+        "export.method": "none",
+        "images": 4,
+        "held_out": 4,
+    }
+
+    def never(*arguments):
+        raise AssertionError("images were made")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "synthesize", never)
+        with pytest.raises(ModelError) as caught:
+            run(read("noise", settings | {"reconstruction.unit": "block"}), network, output=tmp_path / "run")
+    assert str(caught.value).endswith(" for 2 images; use --set reconstruction.unit=network")
+    # The folder is free for the cure.
+    run(read("noise", settings | {"reconstruction.unit": "network"}), network, output=tmp_path / "run")
 
 
 def test_a_network_without_batch_norm_is_refused_before_anything_is_made(tmp_path, quick):

@@ -17,27 +17,31 @@ With a budget, the first recipe of the list whose steps fit it, or fit it by hal
 much it takes.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from reverie.budget import fit
-from reverie.errors import ConfigError
+from reverie.budget import check_budget, fit
+from reverie.errors import BudgetError
+from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.images import Images
 from reverie.models import Network
 from reverie.progress import Progress, Silent, duration_text
 from reverie.recipe import Recipe, read
 from reverie.runs import read_record
-from reverie.stages import as_teacher
+from reverie.stages import as_teacher, check_device
 from reverie.synthesis import Teacher
 
 # So many real images calibrate and round alone; fewer have synthetic ones beside them.
 _ENOUGH_REAL = 1024
 # A schedule that is shorter than this share of its own is worse than a cheaper method's whole one.
 _LEAST_SHARE = 0.5
+# The tables of a recipe that say how many bits there are.
+_BITS = ("quantization.", "mixed_precision.", "bits.")
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,15 @@ def choose(
         device: Where.
 
     Raises:
-        ConfigError: An override is wrong, or too few minutes for any recipe.
+        ConfigError: An override is wrong, the device is none that PyTorch can use here, or the minutes are no number above 0.
     """
+    check_device(device)
+    if minutes is not None:
+        check_budget(minutes)
     wanted = dict(overrides or {})
-    own = {key: value for key, value in wanted.items() if key.startswith(("quantization.", "mixed_precision."))}
-    # Where bits are means, the methods are those for the bits that most tensors will have at least.
-    weights, activations = map(int, read("zeroq", own).mean_bits)
-    candidates = _candidates(weights, activations, network, 0 if calibration is None else len(calibration))
+    asked = read("zeroq", {key: value for key, value in wanted.items() if key.startswith(_BITS)})
+    found = _candidates(*_fewest_bits(asked), network, 0 if calibration is None else len(calibration))
+    candidates = [replace(choice, settings={**choice.settings, **_own_bits(asked)}) for choice in found]
     if minutes is None or len(candidates) == 1:
         return candidates[0]
     teacher = as_teacher(network, device)
@@ -118,13 +124,38 @@ def _verdict(
     choice: Choice, wanted: Mapping[str, Any], teacher: Teacher, real: Images | None, minutes: float, progress: Progress
 ) -> str | None:
     """Why the recipe does not fit; None if it does."""
+    recipe = choice.recipe(wanted)
     try:
-        schedule = fit(choice.recipe(wanted), teacher, real, minutes, progress=progress)
-    except ConfigError as error:
+        schedule = fit(recipe, teacher, real, minutes, progress=progress)
+    except BudgetError as error:
         return f"{choice.name}: {str(error).partition(';')[0]}"
     if schedule.factor >= _LEAST_SHARE:
         return None
     return f"{choice.name} would take about {duration_text(60 * minutes / schedule.factor)}"
+
+
+def _fewest_bits(recipe: Recipe) -> tuple[int, int]:
+    """The bits of weights and activations that a method must cope with: those of the tensors that have the fewest.
+
+    Where bits are chosen, most tensors will have at least the mean rounded down; a limit of bit operations alone is a mean of their products.
+    """
+    mixed, (weights, activations) = recipe.mixed_precision, recipe.mean_bits
+    if mixed.bit_operations:
+        product, weights, activations = mixed.bit_operations, mixed.effective_bits, mixed.effective_activation_bits
+        weights = weights or min(product / activations if activations else math.sqrt(product), MAX_BITS)
+        activations = activations or min(product / weights, MAX_BITS)
+    # Rounded down to bits that there are.
+    return (
+        min(max(int(weights), MIN_BITS), *recipe.bits.weights.values(), MAX_BITS),
+        min(max(int(activations), MIN_BITS), *recipe.bits.activations.values(), MAX_BITS),
+    )
+
+
+def _own_bits(recipe: Recipe) -> dict[str, int]:
+    """The bits of all tensors where nothing chooses them, which are not those that decided the method if single ones have fewer."""
+    mixed, settings = recipe.mixed_precision, recipe.quantization
+    weights = {} if mixed.chooses_weights else {"quantization.weight_bits": settings.weight_bits}
+    return weights | ({} if mixed.chooses_activations else {"quantization.activation_bits": settings.activation_bits})
 
 
 def _candidates(weights: int, activations: int, network: Network, real: int) -> list[Choice]:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, fx
 
 from reverie.checkpoints import Forgetful
-from reverie.errors import ConfigError
+from reverie.errors import BudgetError, ConfigError
 from reverie.graph.placement import Student
 from reverie.images import Images
 from reverie.images.source import Augmented, Batch, Source
@@ -133,7 +133,8 @@ def fit(recipe: Recipe, teacher: Teacher, real: Images | None, minutes: float, *
         real: The user's calibration images.
 
     Raises:
-        ConfigError: `minutes` is no number above 0, or too few for 10 steps of each stage.
+        ConfigError: `minutes` is no number above 0.
+        BudgetError: It is too few for 10 steps of each stage.
     """
     check_budget(minutes)
     own = learning_steps(recipe)
@@ -143,7 +144,7 @@ def fit(recipe: Recipe, teacher: Teacher, real: Images | None, minutes: float, *
         return Schedule(minutes, 1.0, own)
     least = sum(min(number, _LEAST) * costs[key] for key, number in own.items()) / 60
     if minutes < least:
-        raise ConfigError(
+        raise BudgetError(
             f"budget must be at least {math.ceil(10 * least) / 10:g} min for this network and recipe here, got {minutes:g}; "
             "give it more, or choose a recipe whose steps cost less"
         )

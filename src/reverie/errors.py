@@ -2,6 +2,7 @@
 
     ReverieError
       ConfigError   the request is wrong: unknown name, value out of range   (also ValueError)
+        BudgetError     too few minutes for what is asked
       ModelError    the request is fine, this network cannot satisfy it
       ExportError   the target format or runtime cannot express the result
       DivergenceError   training went out of hand with these settings
@@ -22,6 +23,10 @@ class ReverieError(Exception):
 
 class ConfigError(ReverieError, ValueError):
     """The request itself is wrong: an unknown name, a value out of range, unusable files."""
+
+
+class BudgetError(ConfigError):
+    """The request is fine, but for the minutes that it may take."""
 
 
 class ModelError(ReverieError):

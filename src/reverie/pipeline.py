@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from reverie.best import Choice
 from reverie.budget import Schedule, fit
 from reverie.checkpoints import Folder
-from reverie.errors import ConfigError
+from reverie.errors import ConfigError, ModelError
 from reverie.export._packed import write_packed
 from reverie.graph.placement import Student
 from reverie.graph.quantized import QuantizedNetwork, finish
@@ -46,6 +46,7 @@ from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
 from reverie.stages import (
     as_teacher,
     check_bits,
+    check_units,
     estimating,
     method_name,
     share_weights,
@@ -128,6 +129,7 @@ def run(
             with _free_if_refused(directory):
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
                 check_bits(recipe, teacher)
+                check_units(recipe, teacher)
             if teacher.capsule is not None:
                 save_capsule(teacher.capsule, directory.path / "capsule.safetensors")
         if budget is not None:
@@ -253,7 +255,7 @@ def _free_if_refused(directory: RunDirectory) -> Iterator[None]:
     """Leaves the folder free for another request where this one is refused before anything has been learned."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, ModelError):
         for name in ("run.json", "recipe.toml", "capsule.safetensors"):
             (directory.path / name).unlink(missing_ok=True)
         raise

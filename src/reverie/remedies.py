@@ -5,9 +5,9 @@ kept so far, image by image:
 
     kept if  mean(d) > 2 s(d) / sqrt(n),    d = KL before - KL after        (n images, s their standard deviation)
 
-Remedies come in the order of what the findings that they cure cost, and each is tried on top of those kept before. Nothing is
-learned in a trial; where the recipe learns (rounding, distillation), bias correction stands in for it, since learning gives the
-means back as well.
+Remedies come in the order of what the findings that they cure cost, and each is tried on top of those kept before. What costs bytes
+comes last: more bits for single tensors, those first that cost most. Rounding in closed form is the recipe's own. Nothing is learned in
+a trial; where the recipe learns (rounding, distillation), bias correction stands in for it, since learning gives the means back as well.
 
 Not here: learned rounding and distillation as remedies, which take minutes, and more bits for everything, which is not a repair.
 """
@@ -15,7 +15,7 @@ Not here: learned rounding and distillation as remedies, which take minutes, and
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,28 @@ from reverie.errors import ConfigError
 from reverie.export._packed import write_packed
 from reverie.graph.equalize import find_pairs
 from reverie.graph.fold import fold_batch_norms
+from reverie.graph.placement import Bits
 from reverie.graph.quantized import QuantizedNetwork, finish
+from reverie.grid import MAX_BITS
 from reverie.images import Images
 from reverie.progress import Progress, Silent
 from reverie.randomness import Seed
 from reverie.recipe import Recipe, from_tables, tables
 from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
+from reverie.recovery.closed_form import round_at_once
+from reverie.recovery.mixed_precision import choose_bits
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
-from reverie.report.diagnosis import Fault, Finding
+from reverie.report.diagnosis import Fault, Finding, costly, next_bits
 from reverie.report.metrics import predict
-from reverie.report.tensor_errors import TensorKind, divergences
+from reverie.report.tensor_errors import Errors, TensorKind, divergences
 from reverie.stages import student_of
 from reverie.synthesis import Streaming, Teacher
 from reverie.synthesis.zeroq import ZeroQ
 
 _SURE = 2.0
+# So many tensors, the costliest, may get more bits.
+_SINGLES = 3
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Remedy:
 
     Args:
         name: In words.
-        settings: Values by dotted key, as for `--set`.
+        settings: Values by dotted key, as for `--set`; a table is added to the recipe's own.
         cures: The faults of which kind of tensor it is meant for.
     """
 
@@ -103,13 +109,48 @@ class Treatment:
 
 
 @torch.no_grad()
-def calibrated(recipe: Recipe, teacher: Teacher, images: Images, progress: Progress) -> tuple[fx.GraphModule, QuantizedNetwork]:
-    """The full-precision graph, and the student that the recipe makes of it without learning anything."""
-    settings = recipe.quantization
-    reference, student = student_of(teacher.graph, settings)
+def bits_of(recipe: Recipe, teacher: Teacher, images: Images, progress: Progress) -> Bits:
+    """The bits of single tensors in a run of the recipe: its own, and those that mixed precision chooses beside them.
+
+    Raises:
+        ConfigError: A budget of bits cannot be met.
+        ModelError: There is such a budget and no solver.
+    """
+    if not recipe.mixed_precision.chooses:
+        return recipe.bits
+    reference, student = student_of(teacher.graph, recipe.quantization, recipe.bits)
+    decision = choose_bits(
+        reference,
+        student,
+        images.evenly(recipe.calibration_images).inputs.to(teacher.device),
+        recipe.mixed_precision,
+        fixed=recipe.bits,
+        activations=recipe.activations,
+        weights=recipe.weights,
+        seed=Seed(recipe.seed, ("sensitivity",)),
+        progress=progress,
+    )
+    return decision.bits
+
+
+def calibrated(
+    recipe: Recipe, teacher: Teacher, images: Images, progress: Progress, *, bits: Bits | None = None
+) -> tuple[fx.GraphModule, QuantizedNetwork]:
+    """The full-precision graph, and the student that the recipe makes of it without learning anything.
+
+    Args:
+        bits: Of single tensors, where the recipe says nothing of them (`bits_of`).
+    """
+    settings, rounding = recipe.quantization, recipe.rounding
+    chosen = bits or Bits()
+    own = Bits(weights={**chosen.weights, **recipe.bits.weights}, activations={**chosen.activations, **recipe.bits.activations})
+    reference, student = student_of(teacher.graph, settings, own)
     inputs = images.evenly(recipe.calibration_images).inputs.to(teacher.device)
     calibrate_activations(reference, student, inputs, recipe.activations, batch=64, progress=progress)
     calibrate_weights(student, recipe.weights)
+    if rounding.needs != "reconstruction":
+        seed = Seed(recipe.seed, ("round",))
+        round_at_once(reference, student, inputs, rounding, weights=None, seed=seed, progress=progress)
     if settings.batch_norm_adaptation:
         adapt_batch_norms(reference, student, inputs, progress=progress)
     elif settings.bias_correction or learns(recipe):
@@ -133,10 +174,13 @@ def dream(recipe: Recipe, teacher: Teacher, count: int, place: str, progress: Pr
     return method(teacher, count, seed=Seed(recipe.seed, ("diagnose", place)), checkpoints=Forgetful(), progress=progress)
 
 
-def remedies(recipe: Recipe, teacher: Teacher, findings: Sequence[Finding], *, more_images: bool) -> list[Remedy]:
-    """What may help and the recipe does not do yet: first what cures the findings that cost most.
+def remedies(
+    recipe: Recipe, teacher: Teacher, errors: Errors, findings: Sequence[Finding], *, more_images: bool
+) -> list[Remedy]:
+    """What may help and the recipe does not do yet: first what cures the findings that cost most, then more bits for single tensors.
 
     Args:
+        errors: What every tensor costs. Where the recipe has a budget of bits, the program has spent it already.
         more_images: Whether more of them can be made.
     """
     found = [
@@ -173,7 +217,23 @@ def remedies(recipe: Recipe, teacher: Teacher, findings: Sequence[Finding], *, m
     def expected(remedy: Remedy) -> float:
         return sum((finding.cost for finding in findings if (finding.fault, finding.kind) in remedy.cures), 0.0)
 
-    return sorted((remedy for remedy in found if _changed(recipe, remedy) != recipe), key=expected, reverse=True)
+    free = sorted((remedy for remedy in found if _changed(recipe, remedy) != recipe), key=expected, reverse=True)
+    return free + _more_bits(recipe, errors)
+
+
+def _more_bits(recipe: Recipe, errors: Errors) -> list[Remedy]:
+    """More bits for each of the tensors that cost most."""
+    mixed = recipe.mixed_precision
+    chosen = {"weight": mixed.chooses_weights, "activation": mixed.chooses_activations}
+    may = [tensor for tensor in costly(errors) if tensor.bits < MAX_BITS and not chosen[tensor.kind]]
+    worst = sorted(may, key=lambda tensor: -tensor.alone)[:_SINGLES]
+    return [
+        Remedy(
+            f"{tensor.kind[0].upper()}{next_bits(tensor.bits)} for {tensor.name}",
+            {f"bits.{tensor.kind}s": {tensor.name: next_bits(tensor.bits)}},
+        )
+        for tensor in worst
+    ]
 
 
 _SATURATION: tuple[Fault, ...] = ("saturation", "dead grid")
@@ -188,6 +248,7 @@ def treat(
     held_out: Float[Tensor, "count *shape"],
     tried: Sequence[Remedy],
     *,
+    bits: Bits | None = None,
     more: Callable[[int], Images] | None = None,
     progress: Progress,
 ) -> Treatment:
@@ -196,6 +257,7 @@ def treat(
     Args:
         images: For calibration.
         held_out: On these remedies are judged; at least two.
+        bits: Of single tensors, where a recipe says nothing of them: those that mixed precision chose stay as they are.
         more: Makes so many further images, for remedies that want more than there are.
 
     Raises:
@@ -209,7 +271,7 @@ def treat(
 
         def judged(candidate: Recipe, shown: Images) -> tuple[Tensor, int]:
             """KL of each image, and bytes."""
-            _, quantized = calibrated(candidate, teacher, shown, Silent())
+            _, quantized = calibrated(candidate, teacher, shown, Silent(), bits=bits)
             file = Path(folder) / "network.safetensors"
             write_packed(quantized, file)
             return divergences(predict(quantized.graph, held_out), known), file.stat().st_size
@@ -235,4 +297,9 @@ def treat(
 
 
 def _changed(recipe: Recipe, remedy: Remedy) -> Recipe:
-    return from_tables(tables(recipe), remedy.settings)
+    now, settings = tables(recipe), dict(remedy.settings)
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            table, _, leaf = key.partition(".")
+            settings[key] = {**now[table][leaf], **value}
+    return from_tables(now, settings)

@@ -18,6 +18,7 @@ from reverie.graph.equalize import equalize
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, Student, place
 from reverie.graph.sums import separate_sums
+from reverie.graph.units import find_units
 from reverie.images import Images
 from reverie.images.augment import Augmentation
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
@@ -26,6 +27,7 @@ from reverie.plugins import name_of
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.recipe import Quantization, Recipe
+from reverie.recovery.border import check_isolated
 from reverie.recovery.mixed_precision import check_budgets
 from reverie.synthesis import ImageStream, Streaming, Teacher
 from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule
@@ -149,6 +151,21 @@ def check_bits(recipe: Recipe, teacher: Teacher) -> None:
     if recipe.mixed_precision.chooses or recipe.bits != Bits():
         reference, student = student_of(teacher.graph, replace(recipe.quantization, equalize=False), recipe.bits)
         check_budgets(reference, student, teacher.input.shape, recipe.mixed_precision, recipe.bits)
+
+
+def check_units(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuses units of reconstruction that cannot be executed by themselves.
+
+    Raises:
+        ModelError: Names the unit, with the reason.
+    """
+    if recipe.rounding.needs != "reconstruction":
+        return
+    reference, student = student_of(teacher.graph, replace(recipe.quantization, equalize=False))
+    kind = recipe.reconstruction.unit
+    # Only rows are counted, so noise will do.
+    noise = torch.randn(2, *teacher.input.shape, generator=Seed(0).generator()).to(teacher.device)
+    check_isolated(reference, student.graph, find_units(reference, kind), kind, noise)
 
 
 def share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:

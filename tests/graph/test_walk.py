@@ -103,6 +103,76 @@ def test_rows_are_the_same_wherever_tensors_are_held(graph, tmp_path, kind):
     assert walk.count("_4") == 7
 
 
+class Wide(nn.Module):
+    """A large tensor between small ones, and one more reader of it behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.last = nn.Linear(3, 64), nn.Linear(64, 2), nn.Linear(2, 64)
+
+    def forward(self, x):
+        wide = self.wide(x)
+        return self.last(self.narrow(wide).relu()) + wide
+
+
+def without_files(monkeypatch, limit):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    return Cache(limit=limit)
+
+
+def executed(monkeypatch):
+    """Counts what every tensor costs: the batches for which it was computed."""
+    counts = {}
+    advance = Walk._advance
+
+    def counted(self, nodes, number):
+        for node in nodes:
+            counts[node.name] = counts.get(node.name, 0) + 1
+        advance(self, nodes, number)
+
+    monkeypatch.setattr(Walk, "_advance", counted)
+    return counts
+
+
+def test_what_fits_after_a_tensor_that_did_not_is_held(monkeypatch):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(Wide(), (3,))
+    x, picked = torch.randn(7, 3), torch.tensor([6, 0, 3, 3])
+    names = ["wide", "narrow", "relu", "last", "add"]
+    whole, counts = tap(graph, names)(x), executed(monkeypatch)
+    # Room for 7 rows of 2 values, twice, and not for 7 rows of 64.
+    cache = without_files(monkeypatch, 120)
+    walk = Walk(graph, x, batch=3, keep=names, cache=cache)
+    for number, name in enumerate(names):
+        walk.to(name)
+        torch.testing.assert_close(walk.rows(names[: number + 1], picked), [whole[key][picked] for key in names[: number + 1]])
+        assert walk.count(name) == 7
+    assert cache.used == 2 * 7 * 2 * 4
+    torch.testing.assert_close(walk.value("relu"), whole["relu"])
+    # For itself, for `narrow` and for `add`; `last` reads what was held.
+    assert (counts["wide"], counts["narrow"], counts["relu"], counts["last"]) == (9, 3, 3, 6)
+
+
+def test_a_tensor_that_did_not_fit_is_held_when_there_is_room(monkeypatch):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(Wide(), (3,))
+    x = torch.randn(7, 3)
+    cache = without_files(monkeypatch, 7 * 64 * 4)
+    taken = cache.room(7, torch.empty(1, 64))
+    walk = Walk(graph, x, batch=3, keep=["wide", "narrow"], cache=cache)
+    walk.to("wide")
+    with pytest.raises(KeyError):
+        walk.value("wide")
+    cache.free(taken)
+    walk.to("narrow")
+    torch.testing.assert_close(walk.value("wide"), tap(graph, ["wide"])(x)["wide"])
+
+
 @pytest.mark.parametrize("kind", ["memory", "nowhere"])
 def test_rows_of_windows_are_counted_in_windows(tmp_path, kind):
     graph, x = capture(Windows(), (8,)), torch.randn(5, 8)

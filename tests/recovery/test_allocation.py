@@ -2,10 +2,12 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from reverie.errors import ConfigError
+from reverie.recovery import allocation
 from reverie.recovery.allocation import Budget, Term, allocate
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -89,3 +91,38 @@ def test_nothing_is_printed(capfd):
         costs = [{bits: chance.lognormvariate(0, 1) * 3.0**-bits for bits in WIDTHS} for _ in sizes]
         allocate(costs, [size(sizes, 2.5)])
     assert capfd.readouterr() == ("", "")
+
+
+def solved(monkeypatch, **changed):
+    """The real solver, with another result."""
+    optimize = allocation.require_solver()
+
+    def milp(*arguments, **settings):
+        found = optimize.milp(*arguments, **settings)
+        return SimpleNamespace(**{"x": found.x, "status": 0, "message": "", "mip_gap": 0.0} | changed)
+
+    solver = SimpleNamespace(milp=milp, Bounds=optimize.Bounds, LinearConstraint=optimize.LinearConstraint)
+    monkeypatch.setattr(allocation, "require_solver", lambda: solver)
+
+
+COSTS = [{2: 1.0, 4: 0.0}, {2: 0.5, 4: 0.0}]
+
+
+def test_a_solver_that_finds_nothing_is_told(monkeypatch):
+    solved(monkeypatch, x=None, status=1, message="Time limit reached.")
+    with pytest.raises(ConfigError) as caught:
+        allocate(COSTS, [size([1, 1], 3)])
+    assert str(caught.value) == (
+        "mixed precision: the solver must find bits within 300 s, got none for 2 tensors (Time limit reached.); give fewer widths, "
+        "such as --set mixed_precision.widths=[2,4,8]"
+    )
+
+
+def test_bits_that_are_not_proven_the_best_are_told(monkeypatch):
+    solved(monkeypatch, status=1, mip_gap=0.0125)
+    told = []
+    assert allocate(COSTS, [size([1, 1], 3)], warn=told.append) == [4, 2]
+    assert told == [
+        "mixed precision: the best bits must be proven within 300 s, got some that cost up to 1.25% more than the best, and others "
+        "on another machine; give fewer widths, such as --set mixed_precision.widths=[2,4,8]"
+    ]

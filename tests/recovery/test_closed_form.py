@@ -10,6 +10,7 @@ from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import place
 from reverie.graph.quantized import finish
+from reverie.graph.walk import Walk
 from reverie.grid import quantize
 from reverie.models import load
 from reverie.observers.minmax import MinMax
@@ -156,7 +157,7 @@ def test_every_layer_gets_its_codes_and_the_same_ones_again(several, rounding, k
         assert torch.equal(students[0].graph(IMAGES), finish(students[0]).graph(IMAGES))
 
 
-def test_nothing_is_kept_longer_than_needed_and_progress_counts_layers(several):
+def test_progress_counts_layers(several):
     class Counted(Silent):
         def start(self, stage, total, done=0):
             self.stage_name, self.total, self.steps = stage, total, 0
@@ -167,6 +168,27 @@ def test_nothing_is_kept_longer_than_needed_and_progress_counts_layers(several):
     progress = Counted()
     rounded(calibrated(several, IMAGES), several, IMAGES, GPTQ(), progress=progress)
     assert (progress.stage_name, progress.total, progress.steps) == ("round", 4, 4)
+
+
+def test_nothing_is_kept_longer_than_needed(monkeypatch, several):
+    walks, held = [], []
+
+    class Watching(Walk):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            walks.append(self)
+
+    class Looking(Silent):
+        def advance(self, amount=1, note="", *, skipped=False):
+            held.append([{name for name, part in walk._parts.items() if isinstance(part[0], torch.Tensor)} for walk in walks])
+
+    monkeypatch.setattr("reverie.recovery.closed_form.Walk", Watching)
+    rounded(calibrated(several, IMAGES), several, IMAGES, GPTQ(), progress=Looking())
+    teacher, student = zip(*held, strict=True)
+    # After stem, left, right, head: what later nodes read.
+    assert teacher == ({"stem"}, {"relu", "left"}, {"left", "right"}, {"head"})
+    # Without a bias to correct, `right` itself has not been executed yet.
+    assert student == ({"stem"}, {"activation_quantizers_relu", "left"}, {"activation_quantizers_relu", "left"}, {"head"})
 
 
 def test_every_channel_has_its_mean_back_already(several):

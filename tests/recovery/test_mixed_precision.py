@@ -5,6 +5,8 @@ import sys
 import tomllib
 
 import pytest
+import torch
+from torch import nn
 
 from reverie import pipeline
 from reverie.cli import main
@@ -18,6 +20,7 @@ from reverie.progress import Silent
 from reverie.randomness import Seed
 from reverie.recipe import from_tables, read, tables, to_toml
 from reverie.recovery.mixed_precision import Decision, MixedPrecision, check_budgets, choose_bits
+from reverie.report import outcome
 
 QUICK = {"images": 16, "held_out": 8, "synthesis.steps": 20, "synthesis.batch": 8}
 
@@ -213,4 +216,47 @@ def test_bits_that_no_grid_has_are_refused_on_the_command_line(capsys):
         capsys.readouterr()
         .err.strip()
         .endswith("recipe adaround: [mixed_precision]: effective_bits must be 2 to 8, or 0 for no limit, got 1.5")
+    )
+
+
+@pytest.fixture(scope="module")
+def in_float():
+    """A student without any activation on a grid: there is nothing that clips."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+        graph = capture(nn.Sequential(*layers).eval(), (3, 16, 16))
+    student = place(graph, "literature", weight_bits=4, activation_bits=4)
+    assert not student.activations
+    return graph, student
+
+
+def test_without_activations_on_grids_weights_are_chosen_and_told(in_float, inputs):
+    graph, student = in_float
+    settings = MixedPrecision(effective_bits=4.0)
+    decision = choose_bits(
+        graph,
+        student,
+        inputs,
+        settings,
+        fixed=Bits(),
+        activations=MinMax(),
+        weights=MinMax(),
+        seed=Seed(0),
+        progress=Silent(),
+    )
+    assert set(decision.spent) == {"effective_bits", "bit_operations"}
+    told = decision.as_dict()
+    assert Decision.from_dict(told) == decision
+    text = outcome.mixed_precision_text(told)
+    assert text.endswith(" bit operations a multiply-accumulate") and "activation" not in text
+    assert outcome.bits_text({"mixed_precision": told}).endswith("A32")
+
+
+def test_a_budget_of_what_is_not_there_is_refused(in_float):
+    graph, student = in_float
+    with pytest.raises(ConfigError) as caught:
+        check_budgets(graph, student, (3, 16, 16), MixedPrecision(effective_activation_bits=4.0), Bits())
+    assert str(caught.value) == (
+        "mixed_precision.effective_activation_bits must be 0 for a student that has no such tensors on a grid, got 4; leave it out"
     )

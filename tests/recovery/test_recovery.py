@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from reverie.checkpoints import Folder, Forgetful
-from reverie.errors import ConfigError, ModelError
+from reverie.descent import Descent
+from reverie.errors import ConfigError, DivergenceError, ModelError
+from reverie.graph.cache import Cache
 from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import place
 from reverie.graph.quantized import finish
+from reverie.graph.quantizers import Rounder
 from reverie.graph.units import find_units
+from reverie.grid import quantize
 from reverie.observers.minmax import MinMax
 from reverie.observers.mse import Mse
 from reverie.progress import Silent
@@ -20,7 +24,7 @@ from reverie.randomness import Seed
 from reverie.recovery.bias_correction import activations_in_float, correct_biases
 from reverie.recovery.border import check_isolated
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights, keep_biases_in_range
-from reverie.recovery.reconstruction import Reconstruction, round_weights
+from reverie.recovery.reconstruction import Reconstruction, _Loop, round_weights
 from reverie.rounding.adaround import AdaRound
 from reverie.rounding.nearest import Nearest
 
@@ -309,6 +313,88 @@ def test_a_linear_layer_over_tokens_counts_its_channels_not_its_tokens():
     assert all(after < before for before, after in errors.values())
 
 
+class Unmoved(Rounder):
+    """The nearest codes, whatever is learned."""
+
+    def __init__(self, codes):
+        super().__init__()
+        self.codes, self.nothing = codes, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self):
+        return self.codes + 0 * self.nothing
+
+    def penalty(self, progress):
+        return self.nothing * 0
+
+    def harden(self):
+        return self.codes
+
+
+class ToNearest:
+    needs = "reconstruction"
+
+    def __call__(self, weight, scale, zero_point, grid):
+        return Unmoved(quantize(weight, scale, zero_point, grid))
+
+
+class ConvNeXt(torch.nn.Module):
+    """A block that permutes around its linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depthwise = torch.nn.Conv2d(3, 8, 2, stride=2), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        self.last, self.head = torch.nn.Conv2d(8, 6, 1), torch.nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.down(torch.nn.functional.gelu(self.up(self.depthwise(x).permute(0, 2, 3, 1))))
+        return self.head(self.last(x + y.permute(0, 3, 1, 2)).flatten(2).mean(2))
+
+
+class Patches(torch.nn.Module):
+    """Tokens of patches, in windows, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.inner, self.head = torch.nn.Conv2d(3, 8, 2, 2), torch.nn.Linear(8, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        windows = self.inner(tokens.reshape(-1, 4, 8))
+        return self.head((windows.reshape(-1, 16, 8) + tokens).mean(1))
+
+
+@pytest.mark.parametrize(("network", "channels"), [(ConvNeXt, [8, 8, 6, 5]), (Patches, [8, 8, 5])])
+def test_the_loss_is_summed_over_channels_wherever_they_are(monkeypatch, network, channels):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(network(), (3, 8, 8))
+    # One image many times, so that it does not matter which are drawn.
+    inputs = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(16, 1, 1, 1)
+    distances, step = [], Descent.step
+
+    def kept(self, number, terms):
+        distances.append(float(terms["distance"].detach()))
+        return step(self, number, terms)
+
+    monkeypatch.setattr(Descent, "step", kept)
+    errors = rounded(calibrated(graph, inputs), graph, inputs, ToNearest(), unit="block", iterations=1)
+    means = [before for before, _ in errors.values()]
+    assert [distance / mean for distance, mean in zip(distances, means, strict=True)] == pytest.approx(channels, rel=1e-3)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_layers_whose_rows_are_windows_are_learned(fisher):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph = capture(Patches(), (3, 8, 8))
+    inputs = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    errors = rounded(calibrated(graph, inputs), graph, inputs, AdaRound(), fisher=fisher, iterations=100)
+    assert set(errors) == {"patches", "inner", "head"}
+    assert sum(after for _, after in errors.values()) < 0.9 * sum(before for before, _ in errors.values())
+
+
 def test_images_without_weight_are_never_drawn(reference, inputs):
     first = torch.arange(96) < 48
     elsewhere = torch.where(first[:, None, None, None], inputs, 50 * inputs.flip(0) + 3)
@@ -354,13 +440,21 @@ def test_the_loop_is_what_is_written_out_here(weights):
     assert torch.equal(ours.weights[name].codes, rounder.harden())
 
 
-@pytest.mark.parametrize("cache_gib", [4.0, 0.0], ids=["memory", "files"])
 @pytest.mark.parametrize("drop", [0.0, 0.5])
-def test_codes_do_not_depend_on_where_tensors_are_held(reference, inputs, tmp_path, drop, cache_gib):
+def test_codes_do_not_depend_on_where_tensors_are_held(reference, inputs, tmp_path, drop, monkeypatch):
+    files, make = [], Cache._file
+
+    def counted(self, size, dtype):
+        files.append(size)
+        return make(self, size, dtype)
+
+    monkeypatch.setattr(Cache, "_file", counted)
     students = [calibrated(reference, inputs) for _ in range(2)]
-    for student, gib in zip(students, (4.0, cache_gib), strict=True):
+    for student, gib in zip(students, (4.0, 0.0), strict=True):
         settings = {"unit": "block", "drop": drop, "fisher": True, "iterations": 20, "cache_gib": gib}
         rounded(student, reference, inputs, AdaRound(), checkpoints=Folder(tmp_path / str(gib)), **settings)
+        # What units read and should answer, and the weights of that.
+        assert bool(files) == (gib == 0)
     for name in students[0].weights:
         assert torch.equal(students[0].weights[name].codes, students[1].weights[name].codes)
 
@@ -472,6 +566,50 @@ def test_a_killed_second_pass_goes_on_to_the_same_scales(reference, inputs, tmp_
         assert torch.equal(whole.activations[name].scale, resumed.activations[name].scale)
 
 
+def test_errors_of_weights_first_are_of_one_network(reference, inputs):
+    def errors(**settings):
+        student = place(reference, "integer", weight_bits=3, activation_bits=3, end_bits=8)
+        calibrate_activations(reference, student, inputs, MinMax(), batch=32, progress=Silent())
+        calibrate_weights(student, Mse())
+        return rounded(student, reference, inputs, AdaRound(), unit="block", learned_ranges=True, iterations=60, **settings)
+
+    together, first = errors(), errors(weights_first=True)
+    # What the first unit reads does not depend on any codes: before both it is the same network, activations on grids.
+    unit = next(iter(first))
+    assert first[unit][0] == pytest.approx(together[unit][0], rel=1e-5)
+    assert sum(after for _, after in first.values()) < sum(before for before, _ in first.values())
+
+
+def test_a_look_at_what_is_held_out_leaves_no_trace_when_it_fails(reference, inputs, monkeypatch):
+    student, looks = calibrated(reference, inputs), []
+    look = _Loop._error
+
+    def failing(self, *arguments):
+        looks.append(arguments)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return look(self, *arguments)
+
+    monkeypatch.setattr(_Loop, "_error", failing)
+    with pytest.raises(KeyboardInterrupt):
+        rounded(student, reference, inputs, AdaRound(), unit="block", drop=0.5, patience=2, iterations=20)
+    assert all(quantizer.codes is None for quantizer in student.weights.values())
+    # Still learning: what is dropped is dropped.
+    assert any(quantizer.drop(None) is not None for quantizer in student.activations.values())
+
+
+def test_a_held_out_error_that_is_never_finite_is_told(reference, inputs):
+    student, spoiled = calibrated(reference, inputs), inputs.clone()
+    spoiled[7::8] = torch.nan
+    with pytest.raises(DivergenceError) as caught:
+        rounded(student, reference, spoiled, AdaRound(), patience=2, iterations=20)
+    unit = find_units(reference, "layer")[0].name
+    assert str(caught.value) == (
+        f"reconstruction of {unit}: the held-out error must be finite, got nan; try --set reconstruction.learning_rate=0.0025 "
+        "with another --output"
+    )
+
+
 def test_weights_first_without_learned_ranges_is_refused():
     with pytest.raises(ConfigError) as caught:
         Reconstruction(weights_first=True)
@@ -492,14 +630,14 @@ class Windowed(torch.nn.Module):
         return windows.reshape(x.shape[0], 8) + x
 
 
-def test_a_unit_that_cannot_be_isolated_is_named_with_the_reason():
+@pytest.mark.parametrize(("kind", "larger"), [("layer", "block, or network"), ("block", "network")])
+def test_a_unit_that_cannot_be_isolated_is_named_with_the_reason(kind, larger):
     graph = capture(Windowed(), (8,))
     units = find_units(graph, "layer")
     unit = dataclasses.replace(units[0], inputs=("x",), output="inner")
     student = place(graph, "integer", weight_bits=4, activation_bits=8)
     with pytest.raises(ModelError) as caught:
-        check_isolated(graph, student.graph, [unit], torch.randn(2, 8))
+        check_isolated(graph, student.graph, [unit], kind, torch.randn(2, 8))
     assert str(caught.value) == (
-        "inner: a unit must read and write as many rows, got 2 in x, 4 in inner for 2 images; use --set "
-        "reconstruction.unit=network, or block"
+        f"inner: a unit must read and write as many rows, got 2 in x, 4 in inner for 2 images; use --set reconstruction.unit={larger}"
     )

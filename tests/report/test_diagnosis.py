@@ -155,11 +155,12 @@ CHANNEL_WISE = {"channel": 5, "channel_ratio": 40.0}
 @pytest.mark.parametrize(
     ("overrides", "facts", "fault", "settings"),
     [
-        ({}, {}, "few bits", ("quantization.activation_bits=8",)),
-        ({"quantization.activation_bits": 2}, {"bits": 2}, "few bits", ("quantization.activation_bits=4",)),
-        ({"quantization.end_bits": 6}, {"bits": 6}, "few bits", ("quantization.end_bits=8",)),
+        ({}, {}, "few bits", ("bits.activations={_5_relu=8}",)),
+        ({"quantization.activation_bits": 2}, {"bits": 2}, "few bits", ("bits.activations={_5_relu=4}",)),
+        ({"quantization.end_bits": 6}, {"bits": 6}, "few bits", ("bits.activations={_5_relu=8}",)),
+        ({"bits.activations": {"_2_relu": 6}}, {}, "few bits", ("bits.activations={_2_relu=6,_5_relu=8}",)),
         ({}, WEIGHT, "few bits", ("rounding.method=adaround",)),
-        ({"rounding.method": "adaround"}, WEIGHT, "few bits", ("quantization.weight_bits=8",)),
+        ({"rounding.method": "adaround"}, WEIGHT, "few bits", ("bits.weights={_6=8}",)),
         ({}, SATURATED, "saturation", ("activations.method=minmax",)),
         ({"activations.percentile": 99.0}, SATURATED, "saturation", ("activations.percentile=99.99",)),
         ({"activations.method": "minmax"}, SATURATED, "saturation", ("images=128",)),
@@ -175,8 +176,8 @@ CHANNEL_WISE = {"channel": 5, "channel_ratio": 40.0}
         ),
         ({}, CHANNEL_WISE, "outlier channel", ("quantization.equalize=true",)),
         ({}, WEIGHT | CHANNEL_WISE, "outlier channel", ("quantization.equalize=true",)),
-        ({"quantization.equalize": True}, CHANNEL_WISE, "outlier channel", ("quantization.activation_bits=8",)),
-        ({"quantization.placement": "literature"}, CHANNEL_WISE, "outlier channel", ("quantization.activation_bits=8",)),
+        ({"quantization.equalize": True}, CHANNEL_WISE, "outlier channel", ("bits.activations={_5_relu=8}",)),
+        ({"quantization.placement": "literature"}, CHANNEL_WISE, "outlier channel", ("bits.activations={_5_relu=8}",)),
     ],
 )
 def test_a_cure_is_what_the_recipe_does_not_do_yet(tiny_cnn, overrides, facts, fault, settings):

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from tests.conftest import patterns
+from torch import nn
 
 from reverie import stages
+from reverie.graph.capture import capture
 from reverie.graph.placement import place
 from reverie.graph.quantized import finish
 from reverie.observers.minmax import MinMax
@@ -84,6 +86,39 @@ def test_signal_to_noise_of_a_tensor_is_that_of_its_values(case):
     stored = reference.get_buffer(student.layers["_3"].weight)
     noise = (student.weights["_3"](stored) - stored).square().sum()
     assert weight.sqnr == pytest.approx(10 * math.log10(float(stored.square().sum() / noise)), abs=1e-3)
+
+
+class Grouped(nn.Module):
+    """A convolution of two groups, then one behind which channels are last."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=2), nn.Linear(8, 6)
+
+    def forward(self, x):
+        y = torch.relu(self.second(torch.relu(self.first(x)))).permute(0, 2, 3, 1)
+        return torch.relu(self.third(y) + self.third(y).flip(0)).mean((1, 2))
+
+
+def test_channels_are_those_of_the_whole_tensor_wherever_they_are():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Grouped()
+        with torch.no_grad():
+            # The third input of the second group; and the fifth channel of what comes last.
+            module.second.weight[4:, 2] *= 50
+            module.third.weight[4] *= 50
+            module.third.bias[4] *= 50
+        reference = capture(module, (3, 8, 8))
+    student = place(reference, "integer", weight_bits=8, activation_bits=8)
+    inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    calibrate_activations(reference, student, inputs, MinMax(), batch=8, progress=Silent())
+    calibrate_weights(student, MinMax())
+    errors = measure(reference, finish(student), inputs, progress=Silent())
+    weight = next(tensor for tensor in errors.tensors if (tensor.kind, tensor.name) == ("weight", "second"))
+    assert weight.channel == 6 and weight.channel_ratio > 20
+    wide = [tensor for tensor in errors.tensors if tensor.kind == "activation" and tensor.name.startswith(("third", "relu_2"))]
+    assert wide and all(tensor.channel == 4 and tensor.channel_ratio > 10 for tensor in wide)
 
 
 def test_decibels_are_finite():

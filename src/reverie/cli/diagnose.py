@@ -4,7 +4,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,8 @@ def diagnose(
         calibration: Folder (or .npz, .safetensors) of real images to look at instead of synthetic ones; with --fix every second
             one judges the remedies.
         fix: Try remedies, each judged by the divergence from full precision on synthetic images that nothing was calibrated
-            on, and keep what helps by more than noise. Nothing is learned meanwhile, so it takes a minute, not many.
+            on, and keep what helps by more than noise; more bits for the costliest tensors, which cost bytes, come last. Nothing
+            is learned meanwhile, so it takes a minute, not many.
         output: With --fix: where the improved recipe goes; default fixed.toml.
         all: Show every tensor, not only the ten worst.
         network: Of a run: the full-precision network; default: the one that the run names.
@@ -91,16 +92,22 @@ def diagnose(
         resolved = read_recipe(name, settings, **flags)
         loaded = options.load(target)
     # Takes half a second to import, which no wrong recipe or network should wait for.
-    from reverie import remedies, stages
-    from reverie.export._packed import restore
+    from reverie import remedies, request, stages
+    from reverie.export._packed import restore, stored_bits
     from reverie.images.store import load_images
     from reverie.report import diagnosis, tensor_errors
 
-    stages.check_device(device)
+    if run is None:
+        # Nothing is exported, and what images need is checked below.
+        request.check(replace(resolved, images=0, held_out=0, export=None), loaded, calibrated=True, device=device)
+    else:
+        stages.check_device(device)
     real = None if calibration is None else _read(calibration, loaded)
     teacher = stages.as_teacher(loaded, device)
     if real is None and (run is None or fix):
         _check_synthesis(resolved, teacher, whole=run is None)
+    if run is None:
+        stages.check_bits(resolved, teacher)
     progress = choose(sys.stderr, json)
     if run is None and not json:
         say(f"recipe {name}{why}")
@@ -112,10 +119,12 @@ def diagnose(
         held_out = None
         seen = load_images(run / "images.safetensors") if run else _dreamt(resolved, teacher, images, progress)
     if run is not None:
-        reference, student = stages.student_of(teacher.graph, resolved.quantization)
+        bits = stored_bits(packed)
+        reference, student = stages.student_of(teacher.graph, resolved.quantization, bits)
         quantized = restore(student, packed)
     else:
-        reference, quantized = remedies.calibrated(resolved, teacher, seen, progress)
+        bits = remedies.bits_of(resolved, teacher, seen, progress)
+        reference, quantized = remedies.calibrated(resolved, teacher, seen, progress, bits=bits)
     few = seen.evenly(images or _enough(teacher))
     errors = tensor_errors.measure(reference, quantized, few.inputs.to(device), progress=progress)
     findings = diagnosis.find(errors, reference, resolved)
@@ -132,7 +141,8 @@ def diagnose(
             teacher,
             seen,
             held_out.inputs,
-            remedies.remedies(resolved, teacher, findings, more_images=real is None and len(seen) == resolved.images),
+            remedies.remedies(resolved, teacher, errors, findings, more_images=real is None and len(seen) == resolved.images),
+            bits=bits,
             more=lambda count: remedies.dream(resolved, teacher, count, "more", progress),
             progress=progress,
         )
@@ -263,16 +273,17 @@ def _show(errors: "Errors", findings: Sequence["Finding"], *, everything: bool) 
     if not findings:
         say("no tensor stands out: no faults found")
     for finding in findings if everything else findings[:_WORST]:
-        flags = "".join(f" --set {setting}" for setting in finding.settings)
+        flags = "".join(f" --set {shlex.quote(setting)}" for setting in finding.settings)
         text = f"{finding.tensor} ({finding.kind}), {finding.fault}: {finding.cause}. Costs {finding.cost:.2g} nats."
         for line in textwrap.wrap(text, _WIDTH, break_long_words=False):
             say(line)
         say(f"    {finding.cure}{':' if flags else ''}{flags}")
 
 
-def _short(name: str) -> str:
+def _short(name: str, width: int = 28) -> str:
     """A long name without its middle."""
-    return name if len(name) <= 28 else f"{name[:12]}...{name[-13:]}"
+    half = (width - 3) // 2
+    return name if len(name) <= width else f"{name[:half]}...{name[half + 3 - width :]}"
 
 
 def _write(found: "Treatment", file: Path, network: "Network", run: Path | None) -> str | None:
@@ -301,7 +312,7 @@ def _show_treatment(found: "Treatment", file: Path, command: str | None) -> None
         ("remedy", "KL before", "KL after", "noise", "seconds", "bytes", "kept"),
         [
             (
-                trial.remedy.name,
+                _short(trial.remedy.name, 40),
                 f"{trial.before:.3g}",
                 f"{trial.after:.3g}",
                 f"{trial.noise:.1g}",

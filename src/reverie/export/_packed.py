@@ -110,13 +110,16 @@ def restore(student: Student, path: Path) -> QuantizedNetwork:
         student: Freshly placed on the same network with the same bits (`stored_bits`); it is calibrated in place.
 
     Raises:
-        ConfigError: The file is of another network or another placement.
+        ConfigError: The file is of another network or another placement, or the student has other bits.
     """
     tensors, header = read_packed(path)
     if set(header["layers"]) != set(student.layers) or set(header["tensors"]) != set(student.activations):
         raise ConfigError(
             f"{path}: must be of the same network and placement, got other layers; give the network that was quantized"
         )
+    stored = {name: layer["bits"] for name, layer in header["layers"].items()}
+    _check_bits(path, "weight", stored, {name: weight.grid.bits for name, weight in student.weights.items()})
+    _check_bits(path, "tensor", header["tensors"], {name: tensor.grid.bits for name, tensor in student.activations.items()})
     for name, quantizer in student.activations.items():
         quantizer.set_qparams(tensors[f"{name}.scale"], tensors[f"{name}.zero_point"])
     for name, described in header["layers"].items():
@@ -132,15 +135,25 @@ def restore(student: Student, path: Path) -> QuantizedNetwork:
     for name, layer in quantized.layers.items():
         bias = header["layers"][name]["bias"]
         if bias is not None:
-            bias_codes = tensors[f"{bias}.codes"]
-            quantized.graph.get_buffer(str(layer.bias)).copy_(bias_codes * student.biases[name].scale())
+            scale = student.biases[name].scale()
+            bias_codes = tensors[f"{bias}.codes"].to(scale.device)
+            quantized.graph.get_buffer(str(layer.bias)).copy_(bias_codes * scale)
             layer = replace(layer, bias_codes=bias_codes)
         layers[name] = layer
     # What a run changed beside codes: biases in float, running statistics.
-    stored = {layer.weight for layer in layers.values()} | {
+    coded = {layer.weight for layer in layers.values()} | {
         str(layer.bias) for layer in layers.values() if layer.bias_codes is not None
     }
     for name, tensor in quantized.graph.named_buffers():
-        if name in tensors and name not in stored and not name.startswith("activation_quantizers."):
+        if name in tensors and name not in coded and not name.startswith("activation_quantizers."):
             tensor.copy_(tensors[name])
     return replace(quantized, layers=layers)
+
+
+def _check_bits(path: Path, kind: str, stored: dict[str, int], placed: dict[str, int]) -> None:
+    for name, bits in stored.items():
+        if placed[name] != bits:
+            raise ConfigError(
+                f"{path}: {kind} {name} must have the {bits} bits that are stored, got a student with {placed[name]}; "
+                "place it with `stored_bits`"
+            )

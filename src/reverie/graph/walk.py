@@ -25,8 +25,9 @@ class Walk:
         inputs: All images; results are kept for all of them.
         batch: Images at a time.
         keep: Tensors that the caller will read; they are held until `release`.
-        cache: Where they are held; None means memory without a limit. Once it is full nothing is held any more, and `rows`
-            computes anew what it is asked for.
+        cache: Where they are held; None means memory without a limit. A tensor that it has no room for is computed anew, by `rows`
+            for those that it is asked for, and by `to` from what is held when a later node reads it; it is then held if there is
+            room by that time.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class Walk:
             for source in node.all_input_nodes:
                 self._last_use[source.name] = index
         self._cache = Cache() if cache is None else cache
-        self._full = False
+        # What found no room since the last stop.
+        self._refused: set[str] = set()
         # By name, a value for each batch of images; where these are tensors with so many rows for each image, they are views of
         # the whole.
         self._parts: dict[str, list[Any]] = {}
@@ -57,15 +59,12 @@ class Walk:
         """Executes up to and including the node that computes `tensor`."""
         # A quantizer call behind the tensor is not included: what is held is what the operator computed.
         stop = self._position[tensor] + 1
-        if stop <= self._next or self._full:
+        if stop <= self._next:
             return
-        nodes, self._next = self._order[self._next : stop], stop
-        try:
-            for number in range(len(self._batches)):
-                self._advance(nodes, number)
-        except CacheFull:
-            self._full = True
-            self._kept.clear()
+        nodes, self._next = self._lost_before(self._order[self._next : stop]), stop
+        self._refused.clear()
+        for number in range(len(self._batches)):
+            self._advance(nodes, number)
         for name in [*self._parts, *self._constants]:
             self._forget_if_done(name)
 
@@ -83,16 +82,18 @@ class Walk:
     @torch.no_grad()
     def rows(self, tensors: Sequence[str], picked: Int[Tensor, " rows"]) -> list[Tensor]:
         """These rows of the tensors, all of which have as many rows for an image, on the device of the images."""
-        if not self._full:
-            return [_picked(self.value(name), picked).to(self._images.device) for name in tensors]
-        probe, rows = self._probe(tuple(tensors))
-        found = probe(_picked(self._images, picked.div(rows, rounding_mode="floor")))
-        own = torch.arange(len(picked), device=picked.device) * rows + picked % rows
-        return [_picked(found[name], own) for name in tensors]
+        found = {name: _picked(self.value(name), picked) for name in tensors if name in self._parts}
+        lost = tuple(name for name in tensors if name not in found)
+        if lost:
+            probe, rows = self._probe(lost)
+            computed = probe(_picked(self._images, picked.div(rows, rounding_mode="floor")))
+            own = torch.arange(len(picked), device=picked.device) * rows + picked % rows
+            found |= {name: _picked(computed[name], own) for name in lost}
+        return [found[name].to(self._images.device) for name in tensors]
 
     def count(self, tensor: str) -> int:
         """How many rows the tensor has for all images."""
-        return len(self._images) * self._probe((tensor,))[1] if self._full else len(self.value(tensor))
+        return len(self.value(tensor)) if tensor in self._parts else len(self._images) * self._probe((tensor,))[1]
 
     def _probe(self, tensors: tuple[str, ...]) -> tuple[fx.GraphModule, int]:
         """What computes the tensors from images, and how many rows they have for each."""
@@ -107,7 +108,7 @@ class Walk:
         self._forget_if_done(tensor)
 
     def _forget_if_done(self, name: str) -> None:
-        if name in self._kept or (self._last_use.get(name, -1) >= self._next and not self._full):
+        if self._is_needed(name):
             return
         self._parts.pop(name, None)
         self._constants.pop(name, None)
@@ -115,9 +116,24 @@ class Walk:
         if whole is not None:
             self._cache.free(whole)
 
+    def _is_needed(self, name: str) -> bool:
+        return name in self._kept or self._last_use.get(name, -1) >= self._next
+
+    def _lost_before(self, nodes: list[fx.Node]) -> list[fx.Node]:
+        """The nodes, and before them those that must be executed once more because they read what is not held."""
+        wanted = set(nodes)
+        frontier = list(nodes)
+        while frontier:
+            for source in frontier.pop().all_input_nodes:
+                if source not in wanted and source.name not in self._parts and source.name not in self._constants:
+                    wanted.add(source)
+                    frontier.append(source)
+        return [node for node in self._order if node in wanted]
+
     def _advance(self, nodes: list[fx.Node], number: int) -> None:
         """Executes the nodes for one batch of images, and holds what is needed later."""
         values: dict[str, Any] = {}
+        last_use = {source: node for node in nodes for source in node.all_input_nodes}
 
         def look_up(source: fx.Node) -> Any:
             if source.name in values:
@@ -143,18 +159,23 @@ class Walk:
                     self._constants[node.name] = result
                     continue
                 values[node.name] = result
-                if node.name in self._kept or self._last_use.get(node.name, -1) >= self._next:
+                if self._is_needed(node.name) and node.name not in self._refused:
                     self._hold(node.name, number, result)
             for source in node.all_input_nodes:
-                if self._last_use[source.name] == self._position[node.name]:
+                if last_use[source] is node:
                     values.pop(source.name, None)
 
     def _hold(self, name: str, number: int, result: Any) -> None:
-        """Keeps the value that a batch of images has."""
-        parts, images = self._parts.setdefault(name, []), len(self._batches[number])
+        """Keeps the value that a batch of images has, if there is room."""
+        images = len(self._batches[number])
         # Not always one row for an image: windowed attention has more.
         if number == 0 and isinstance(result, Tensor) and result.dim() and len(result) % images == 0:
-            self._whole[name] = self._cache.room(len(result) // images * len(self._images), result)
+            try:
+                self._whole[name] = self._cache.room(len(result) // images * len(self._images), result)
+            except CacheFull:
+                self._refused.add(name)
+                return
+        parts = self._parts.setdefault(name, [])
         whole = self._whole.get(name)
         if whole is not None:
             rows = len(whole) // len(self._images)

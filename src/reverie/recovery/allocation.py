@@ -16,7 +16,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -25,10 +25,13 @@ from typing import Any
 import numpy as np
 
 from reverie.errors import ConfigError
+from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.models import _libraries
 
 # HiGHS takes a row for satisfied to within 1e-6; beyond a few rounds something else is wrong.
 _ROUNDS = 10
+# Usual programs take a few; only products of bits of hundreds of tensors, with many widths, take minutes.
+_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -105,19 +108,22 @@ def check_reachable(choices: Sequence[Sequence[int]], budgets: Sequence[Budget])
             )
 
 
-def allocate(costs: Sequence[Mapping[int, float]], budgets: Sequence[Budget]) -> list[int]:
+def allocate(
+    costs: Sequence[Mapping[int, float]], budgets: Sequence[Budget], *, warn: Callable[[str], None] | None = None
+) -> list[int]:
     """The bits of each tensor with the smallest sum of costs within all budgets.
 
     Args:
         costs: For each tensor, what each width that it may have costs; finite.
+        warn: Told, in a sentence, when the solver ran out of time before it had proven its bits the best.
 
     Raises:
-        ConfigError: A budget cannot be met.
+        ConfigError: A budget cannot be met, or the solver found nothing in its time.
         ModelError: scipy is not installed.
     """
     choices = [sorted(cost) for cost in costs]
     check_reachable(choices, budgets)
-    program = _Program(costs, choices)
+    program = _Program(costs, choices, warn)
     rows = [program.row(budget) for budget in budgets]
     allowed = [float(budget.allowed) for budget in budgets]
     for _ in range(_ROUNDS):
@@ -132,8 +138,13 @@ def allocate(costs: Sequence[Mapping[int, float]], budgets: Sequence[Budget]) ->
 class _Program:
     """The variables: x for each tensor and width, then y for each pair of widths of two tensors that are multiplied."""
 
-    def __init__(self, costs: Sequence[Mapping[int, float]], choices: Sequence[Sequence[int]]) -> None:
-        self._choices = choices
+    def __init__(
+        self,
+        costs: Sequence[Mapping[int, float]],
+        choices: Sequence[Sequence[int]],
+        warn: Callable[[str], None] | None,
+    ) -> None:
+        self._choices, self._warn = choices, warn
         self._places = {key: number for number, key in enumerate((t, b) for t, widths in enumerate(choices) for b in widths)}
         self._costs = [float(costs[t][b]) for t, b in self._places]
         self._pairs: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
@@ -182,12 +193,22 @@ class _Program:
         objective[: len(self._costs)] = np.array(self._costs) / typical
         whole = np.zeros(self._variables)
         whole[: len(self._costs)] = 1
-        exact = {"mip_rel_gap": 0.0}
+        exact = {"mip_rel_gap": 0.0, "time_limit": _SECONDS}
         with _nothing_printed():
             found = optimize.milp(
                 objective, integrality=whole, bounds=optimize.Bounds(0, 1), constraints=constraints, options=exact
             )
-        assert found.x is not None, found.message
+        cure = f"give fewer widths, such as --set mixed_precision.widths=[{MIN_BITS},4,{MAX_BITS}]"
+        if found.x is None:
+            raise ConfigError(
+                f"mixed precision: the solver must find bits within {_SECONDS} s, got none for {len(self._choices)} tensors "
+                f"({found.message}); {cure}"
+            )
+        if found.status != 0 and self._warn is not None:
+            self._warn(
+                f"mixed precision: the best bits must be proven within {_SECONDS} s, got some that cost up to {found.mip_gap:.2%} "
+                f"more than the best, and others on another machine; {cure}"
+            )
         shares = [{b: found.x[self._places[t, b]] for b in widths} for t, widths in enumerate(self._choices)]
         return [max(share, key=share.__getitem__) for share in shares]
 

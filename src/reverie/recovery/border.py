@@ -17,8 +17,15 @@ from reverie.graph.extract import extract
 from reverie.graph.operators import aten
 from reverie.graph.placement import Student
 from reverie.graph.taps import tap
-from reverie.graph.units import Unit
+from reverie.graph.units import Unit, UnitKind
 from reverie.graph.walk import Walk
+
+# Of units that cannot be isolated: larger ones.
+_CURES: dict[UnitKind, str] = {
+    "layer": "use --set reconstruction.unit=block, or network",
+    "block": "use --set reconstruction.unit=network",
+    "network": "use a rounding that needs none, such as --set rounding.method=gptq",
+}
 
 
 @dataclass(frozen=True)
@@ -113,10 +120,11 @@ def all_rows(count: int, batch: int = 64) -> list[Tensor]:
 
 
 @torch.no_grad()
-def check_isolated(teacher: fx.GraphModule, student: fx.GraphModule, units: list[Unit], images: Tensor) -> None:
+def check_isolated(teacher: fx.GraphModule, student: fx.GraphModule, units: list[Unit], kind: UnitKind, images: Tensor) -> None:
     """Refuses a unit that cannot be executed on some rows of what it reads.
 
     Args:
+        kind: Of the units.
         images: A few, more than one.
 
     Raises:
@@ -124,7 +132,7 @@ def check_isolated(teacher: fx.GraphModule, student: fx.GraphModule, units: list
             images where its rows are not images.
     """
     values = tap(teacher, {name for unit in units for name in (*unit.inputs, unit.output)})(images)
-    cure = "use --set reconstruction.unit=network, or block"
+    cure = _CURES[kind]
     for unit in units:
         rows = {name: len(values[name]) for name in (*unit.inputs, unit.output)}
         if len(set(rows.values())) > 1:

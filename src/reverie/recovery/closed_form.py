@@ -105,7 +105,7 @@ def _moments(
     # Of a windowed attention, a row is no image but a part of one.
     trust = sources.new_ones(len(sources))
     if weights is not None:
-        trust *= weights.repeat_interleave(len(sources) // len(weights))
+        trust *= weights.repeat_interleave(len(sources) // len(weights)).to(trust.device)
     groups, out = _groups(node), weight.shape[0]
     inputs, answered, power = (
         torch.zeros(groups, *shape, dtype=torch.float64, device=sources.device)

@@ -110,7 +110,11 @@ class Tensors:
     operations: tuple[tuple[int, int | None, int], ...]
 
     def budgets(self, settings: MixedPrecision) -> dict[str, Budget]:
-        """All three, by their setting, whether there is a limit or not."""
+        """Those that count something, by their setting, whether there is a limit or not.
+
+        Raises:
+            ConfigError: There is a limit where nothing counts.
+        """
         sizes = tuple(Term((place,), count) for place, count in enumerate(self.elements))
         products = tuple(
             Term((place,), count * _FLOAT_BITS) if source is None else Term((place, source), count)
@@ -121,9 +125,16 @@ class Tensors:
             "effective_activation_bits": (sizes[self.weights :], sum(self.elements[self.weights :])),
             "bit_operations": (products, sum(count for *_, count in self.operations)),
         }
+        for name, (_, counted) in parts.items():
+            limit = getattr(settings, name)
+            if limit and not counted:
+                raise ConfigError(
+                    f"mixed_precision.{name} must be 0 for a student that has no such tensors on a grid, got {limit:g}; leave it out"
+                )
         return {
             name: Budget(f"mixed_precision.{name}", getattr(settings, name), terms, counted)
             for name, (terms, counted) in parts.items()
+            if counted
         }
 
 
@@ -134,7 +145,7 @@ class Decision:
     Args:
         bits: Chosen or not.
         sensitivities: Of every tensor, in the order of `Tensors`.
-        spent: What each budget's mean is, limited or not.
+        spent: What each budget's mean is, limited or not; none where nothing counts.
     """
 
     bits: Bits
@@ -265,7 +276,7 @@ def choose_bits(
         {bits: part.divergence[bits] for bits in choices} for part, choices in zip(sensitivities, tensors.choices, strict=True)
     ]
     budgets = tensors.budgets(settings)
-    bits = allocate(costs, [budget for budget in budgets.values() if budget.limit])
+    bits = allocate(costs, [budget for budget in budgets.values() if budget.limit], warn=progress.say)
     named = list(zip(tensors.names, bits, strict=True))
     chosen = Bits(weights=dict(named[: tensors.weights]), activations=dict(named[tensors.weights :]))
     return Decision(chosen, tuple(sensitivities), {name: budget.mean(bits) for name, budget in budgets.items()})

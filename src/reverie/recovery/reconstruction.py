@@ -38,10 +38,10 @@ from torch.nn import functional
 
 from reverie.checkpoints import Checkpoints
 from reverie.descent import Descent
-from reverie.errors import ConfigError, check_range
+from reverie.errors import ConfigError, DivergenceError, check_range
 from reverie.graph.cache import Cache
+from reverie.graph.channels import channel_axes
 from reverie.graph.extract import extract
-from reverie.graph.operators import LINEARS, layers
 from reverie.graph.placement import Student
 from reverie.graph.quantizers import Dropping, Rounder
 from reverie.graph.units import Unit, UnitKind, find_units
@@ -137,7 +137,7 @@ def round_weights(
 
     Returns:
         For each unit (each layer, where the rounding needs moments) its mean squared error on the calibration images before (at the
-        nearest codes) and after. Empty for a rounding that looks at weights alone.
+        nearest codes) and after, both in the network that the units before have become. Empty for a rounding that looks at weights alone.
     """
     if rounding.needs != "reconstruction":
         return round_at_once(teacher, student, inputs, rounding, weights=weights, seed=seed, progress=progress)
@@ -148,7 +148,7 @@ def round_weights(
         later = replace(together, learned_steps=False, iterations=max(settings.iterations // 4, 1))
         passes = [("", first, True), ("ranges-", later, False)]
     units = find_units(teacher, settings.unit)
-    check_isolated(teacher, student.graph, units, inputs[:2])
+    check_isolated(teacher, student.graph, units, settings.unit, inputs[:2])
     cache = Cache(int(settings.cache_gib * 2**30), checkpoints.folder, progress.say)
     errors: dict[str, tuple[float, float]] = {}
     with progress.stage("round", total=sum(part.iterations for _, part, _ in passes) * len(units)) as step:
@@ -156,8 +156,8 @@ def round_weights(
             loop = _Loop(teacher, student, inputs, units, rounding, part, weights, cache, seed.at(prefix) if prefix else seed)
             with activations_in_float(student) if in_float else nullcontext():
                 for number, unit in enumerate(units):
-                    found = loop.unit(unit, checkpoints, f"{prefix}codes-{number}", step)
-                    errors[unit.name] = (errors.get(unit.name, found)[0], found[1])
+                    # The last pass tells: before it, activations were in float.
+                    errors[unit.name] = loop.unit(unit, checkpoints, f"{prefix}codes-{number}", step)
     return errors
 
 
@@ -183,8 +183,7 @@ class _Loop:
     ) -> None:
         self._student, self._rounding, self._settings, self._weights, self._seed = student, rounding, settings, weights, seed
         self._device, self._images = inputs.device, len(inputs)
-        # What a linear layer writes has its channels last, whatever stands before them.
-        self._linear = {node.name for node in layers(teacher) if node.target in LINEARS}
+        self._channels = channel_axes(teacher, inputs[:1])
         self._with_entry = settings.learned_ranges or settings.drop > 0
         inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
         self._borders = Borders(teacher, student.graph, inputs, units, with_entry=self._with_entry, cache=cache)
@@ -222,7 +221,8 @@ class _Loop:
         borders.reach(unit)
         count = borders.count(unit)
         module, _ = extract(student.graph, unit, with_entry=self._with_entry)
-        before = self._error(module, unit, all_rows(count))
+        with _nearest(student, unit):
+            before = self._error(module, unit, all_rows(count))
         open_ = [name for name in unit.layers if student.weights[name].codes is None]
         rounders = {name: _rounder(student, name, self._rounding) for name in open_}
         for name, rounder in rounders.items():
@@ -235,19 +235,18 @@ class _Loop:
         groups = [group for group in groups if group[0]]
         if not groups:
             step(settings.iterations, skipped=True)
-            return before, before
+            return before, self._error(module, unit, all_rows(count))
         optimizer = torch.optim.Adam([{"params": parameters, "lr": rate} for parameters, rate, _ in groups])
         generator, dropping = seed.generator(), Dropping(settings.drop, seed.at("drop").generator())
         if settings.drop:
             for name in (*unit.inputs, *unit.nodes):
                 if name in student.activations:
                     student.activations[name].drop(dropping)
-        descent = Descent(
-            optimizer,
-            place=f"reconstruction of {unit.name}",
-            cure=f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g} with another --output",
-        )
-        best = _Best(student, unit, rounders, ranges)
+        told = {
+            "place": f"reconstruction of {unit.name}",
+            "cure": f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g} with another --output",
+        }
+        descent, best = Descent(optimizer, **told), _Best(student, unit, rounders, ranges, **told)
         learned, watched = _parted(count, settings.patience)
         odds = None if self._weights is None else self._weights.repeat_interleave(count // self._images)[learned]
         for iteration in range(settings.iterations):
@@ -286,7 +285,7 @@ class _Loop:
         if self._settings.drop:
             inputs = [dropping.mix(clean, source) for clean, source in zip(rows.clean, inputs, strict=True)]
         output: Tensor = module(*inputs)
-        channels = output.shape[-1 if unit.layers[-1] in self._linear else 1]
+        channels = math.prod(output.shape[axis] for axis in self._channels[unit.output])
         if self._fisher is None:
             total = functional.mse_loss(output, rows.target, reduction="sum")
         else:
@@ -302,6 +301,19 @@ class _Loop:
             total += float(functional.mse_loss(module(*rows.sources), rows.target, reduction="sum"))
             count += rows.target.numel()
         return total / count
+
+
+@contextmanager
+def _nearest(student: Student, unit: Unit) -> Iterator[None]:
+    """The unit's weights are at the nearest codes until the block ends, whatever has been decided."""
+    decided = {name: student.weights[name].codes for name in unit.layers}
+    try:
+        for name in decided:
+            student.weights[name].codes = None
+        yield
+    finally:
+        for name, codes in decided.items():
+            student.weights[name].codes = codes
 
 
 def _weight(student: Student, name: str) -> Tensor:
@@ -321,10 +333,17 @@ def _parted(count: int, patience: int) -> tuple[Tensor, Tensor]:
 
 
 class _Best:
-    """The hardened state of a unit with the lowest error so far."""
+    """The hardened state of a unit with the lowest error so far.
 
-    def __init__(self, student: Student, unit: Unit, rounders: dict[str, Rounder], ranges: list[str]) -> None:
+    Args:
+        place, cure: What is learned, and what to try when it diverges, for the error.
+    """
+
+    def __init__(
+        self, student: Student, unit: Unit, rounders: dict[str, Rounder], ranges: list[str], *, place: str, cure: str
+    ) -> None:
         self._student, self._rounders = student, rounders
+        self._place, self._cure = place, cure
         self._quantizers = [student.activations[name] for name in (*unit.inputs, *unit.nodes) if name in student.activations]
         gains = [student.activations[name].log_gain for name in ranges] + [student.weights[name].log_gain for name in rounders]
         parameters = [parameter for rounder in rounders.values() for parameter in rounder.parameters()]
@@ -336,16 +355,24 @@ class _Best:
     def hardened(self) -> Iterator[None]:
         """Codes are whole and nothing is dropped until the block ends."""
         droppings = [quantizer.drop(None) for quantizer in self._quantizers]
-        for name, rounder in self._rounders.items():
-            self._student.weights[name].codes = rounder.harden()
-        yield
-        for name in self._rounders:
-            self._student.weights[name].codes = None
-        for quantizer, dropping in zip(self._quantizers, droppings, strict=True):
-            quantizer.drop(dropping)
+        try:
+            for name, rounder in self._rounders.items():
+                self._student.weights[name].codes = rounder.harden()
+            yield
+        finally:
+            for name in self._rounders:
+                self._student.weights[name].codes = None
+            for quantizer, dropping in zip(self._quantizers, droppings, strict=True):
+                quantizer.drop(dropping)
 
     def stale(self, error: float) -> int:
-        """For how many looks the error has not been lower than before, this one included; keeps the state if it is."""
+        """For how many looks the error has not been lower than before, this one included; keeps the state if it is.
+
+        Raises:
+            DivergenceError: It is not finite, nor was any before it.
+        """
+        if not self._state and not math.isfinite(error):
+            raise DivergenceError(f"{self._place}: the held-out error must be finite, got {error:g}; {self._cure}")
         if error < self._lowest:
             self._lowest, self._since = error, 0
             self._state = [parameter.detach().clone() for parameter in self._learned]

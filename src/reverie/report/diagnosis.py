@@ -75,10 +75,9 @@ def find(errors: Errors, reference: fx.GraphModule, recipe: Recipe) -> list[Find
         recipe: What made the student: a cure is not what it does already.
     """
     total = sum(tensor.alone for tensor in errors.tensors)
-    costly = [tensor for tensor in errors.tensors if tensor.alone >= max(_SHARE * total, _NATS)]
     cures = _Cures(reference, recipe)
     found: list[Finding] = []
-    for tensor in costly:
+    for tensor in costly(errors):
         faults = list(_faults(tensor))
         if not faults and tensor.alone >= max(_FEW_BITS_SHARE * total, _FEW_BITS_NATS):
             faults = [("few bits", f"{tensor.bits} bits are few for it: signal to noise {tensor.sqnr:.1f} dB")]
@@ -86,6 +85,17 @@ def find(errors: Errors, reference: fx.GraphModule, recipe: Recipe) -> list[Find
             cure, settings = cures.of(fault, tensor)
             found.append(Finding(fault, tensor.name, tensor.kind, tensor.alone, cause, cure, settings))
     return sorted(found, key=lambda finding: -finding.cost)
+
+
+def costly(errors: Errors) -> list[TensorError]:
+    """The tensors that cost something, in execution order."""
+    total = sum(tensor.alone for tensor in errors.tensors)
+    return [tensor for tensor in errors.tensors if tensor.alone >= max(_SHARE * total, _NATS)]
+
+
+def next_bits(bits: int) -> int:
+    """How many bits a tensor is to have that should have more: twice as many, at most 8."""
+    return min(2 * bits, MAX_BITS)
 
 
 def _faults(tensor: TensorError) -> Iterable[tuple[Fault, str]]:
@@ -157,14 +167,12 @@ class _Cures:
         return self._more_bits(tensor)
 
     def _more_bits(self, tensor: TensorError) -> tuple[str, tuple[str, ...]]:
-        settings = self._recipe.quantization
         if tensor.bits == MAX_BITS:
             return f"it has {MAX_BITS} bits already; keep this layer in full precision outside of the network", ()
         if tensor.kind == "weight" and isinstance(self._recipe.rounding, Nearest):
             return "learned rounding", ("rounding.method=adaround",)
-        key = "activation_bits" if tensor.kind == "activation" else "weight_bits"
-        # The ends of the network have bits of their own.
-        key = key if tensor.bits == getattr(settings, key) else "end_bits"
-        return f"{MAX_BITS} bits" if tensor.bits > 4 else f"{2 * tensor.bits} bits", (
-            f"quantization.{key}={MAX_BITS if tensor.bits > 4 else 2 * tensor.bits}",
-        )
+        key = "activations" if tensor.kind == "activation" else "weights"
+        # The setting is one table of all tensors with bits of their own.
+        bits = {**getattr(self._recipe.bits, key), tensor.name: next_bits(tensor.bits)}
+        table = ",".join(f"{name}={count}" for name, count in bits.items())
+        return f"{next_bits(tensor.bits)} bits for this tensor", (f"bits.{key}={{{table}}}",)

@@ -147,7 +147,8 @@ def bits_text(metrics: dict[str, Any]) -> str:
     """Such as `W4A8`, `W4A4, sums in 8`, or `mixed W3.99A8` with the means over all tensors."""
     mixed = metrics.get("mixed_precision")
     if mixed is not None:
-        return f"mixed W{mixed['effective_bits']:.3g}A{mixed['effective_activation_bits']:.3g}"
+        # Without a tensor on a grid, activations are in float.
+        return f"mixed W{mixed['effective_bits']:.3g}A{mixed.get('effective_activation_bits', 32):.3g}"
     settings = metrics["quantization"]
     text = f"W{settings['weight_bits']}A{settings['activation_bits']}"
     apart = settings["placement"] == "integer" and settings["activation_bits"] < settings["sum_bits"]
@@ -157,8 +158,11 @@ def bits_text(metrics: dict[str, Any]) -> str:
 def mixed_precision_text(mixed: dict[str, Any]) -> str:
     """Such as `8 weights with 3, 12 with 4 (mean 3.99); 31 activations with 8 (mean 8); 31.9 bit operations a multiply-accumulate`."""
     parts = []
-    for kind, mean in (("weight", mixed["effective_bits"]), ("activation", mixed["effective_activation_bits"])):
+    for kind, key in (("weight", "effective_bits"), ("activation", "effective_activation_bits")):
         counts = sorted(Counter(tensor["bits"] for tensor in mixed["tensors"] if tensor["kind"] == kind).items())
+        if not counts:
+            continue
+        mean = mixed[key]
         (bits, first), *rest = counts
         listed = [f"{first} {kind}{'' if first == 1 else 's'} with {bits}", *(f"{count} with {bits}" for bits, count in rest)]
         parts.append(f"{', '.join(listed)} (mean {mean:.3g})")

@@ -25,7 +25,17 @@ from jaxtyping import Float
 from torch import Tensor, fx
 from torch.nn import functional
 
-from reverie.graph.operators import CLIPPING, CONCATENATIONS, PASS_THROUGH, aten, attribute, combines_computed, data_nodes
+from reverie.graph.channels import channel_axes
+from reverie.graph.operators import (
+    CLIPPING,
+    CONCATENATIONS,
+    PASS_THROUGH,
+    arguments,
+    aten,
+    attribute,
+    combines_computed,
+    data_nodes,
+)
 from reverie.graph.quantized import QuantizedLayer, QuantizedNetwork
 from reverie.graph.quantizers import ActivationQuantizer
 from reverie.graph.substitute import Substitute, answers_with
@@ -123,7 +133,8 @@ def measure(
     """
     questions = _questions(reference, quantized)
     parts = torch.split(inputs, _batch(reference, inputs))
-    statistics = {name: _Statistics(quantizer) for name, quantizer in quantized.activations.items()}
+    axes = channel_axes(reference, inputs[:1])
+    statistics = {name: _Statistics(quantizer, axes[name]) for name, quantizer in quantized.activations.items()}
     operands = _operands(reference, set(quantized.activations))
     powers: dict[str, float] = {name: 0.0 for pair in operands.values() for name in pair}
     alone = dict.fromkeys(questions, 0.0)
@@ -233,9 +244,14 @@ def _batch(graph: fx.GraphModule, inputs: Tensor) -> int:
 
 
 class _Statistics:
-    """What a tensor's values are like, and its codes."""
+    """What a tensor's values are like, and its codes.
 
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
+    Args:
+        channels: Its axes that are channels.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer, channels: tuple[int, ...]) -> None:
+        self._axes = channels
         self._grid, self._scale, self._zero_point = quantizer.grid, quantizer.scale, quantizer.zero_point
         zero = int(quantizer.zero_point)
         self._low, self._high = ((end - zero) * quantizer.scale for end in (self._grid.quant_min, self._grid.quant_max))
@@ -257,9 +273,7 @@ class _Statistics:
         self._clipped += int(beyond.sum())
         least, most = torch.aminmax(values)
         self._least, self._most = min(self._least, float(least)), max(self._most, float(most))
-        # Tokens have their channels last, everything else behind the images.
-        axis = values.dim() - 1 if values.dim() == 3 else 1
-        power = values.square().mean([other for other in range(values.dim()) if other != axis]) * len(values)
+        power = values.square().mean([axis for axis in range(values.dim()) if axis not in self._axes]).flatten() * len(values)
         self._channels = power if self._channels is None else self._channels + power
         self._rows += len(values)
         self._samples.append(values.flatten()[:: max(1, values.numel() // _SAMPLE)])
@@ -302,9 +316,12 @@ def _weight_facts(reference: fx.GraphModule, layer: QuantizedLayer) -> dict[str,
     nearest = error(1.0)
     noises = {part: float(error(part).sum()) for part in _NARROWER} | {1.0: float(nearest.sum())}
     ours = dequantize(layer.codes.to(scale.dtype), scale, zero_point)
-    # Channels of a group's inputs; with one channel a group (depthwise) there is nothing to compare.
-    columns = weight.abs().transpose(0, 1).flatten(1).amax(1)
-    channel, ratio = _largest(columns)
+    groups = arguments(node).get("groups", 1)
+    # Of a group's inputs; with one channel a group (depthwise) there is nothing to compare.
+    columns = weight.abs().reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(2).amax(2)
+    compared = [_largest(group) for group in columns]
+    group, (channel, ratio) = max(enumerate(compared), key=lambda one: one[1][1])
+    channel = None if channel is None else group * columns.shape[1] + channel
     best = min(noises, key=lambda part: (noises[part], -part))
     signal = float(weight.square().sum())
     return {
