@@ -116,7 +116,7 @@ QUICK = {"images": 16, "calibration_images": 16, "synthesis.batch": 16}
 
 def test_minutes_are_those_that_a_trial_measures(tiny_cnn):
     wanted = bits(4, 4) | QUICK
-    assert choose(tiny_cnn(), wanted, minutes=1000.0).reasons[-1] == "budget: qdrop fits 1000 min"
+    assert choose(tiny_cnn(), wanted, minutes=1000.0).reasons[-1] == "budget: qdrop and distillation fit 1000 min"
     few = choose(tiny_cnn(), wanted, minutes=1e-6)
     assert few.preset == "gptq"
     passed, fits = few.reasons[-2:]
