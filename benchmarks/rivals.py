@@ -12,7 +12,8 @@ folder below build/rivals, so that an interrupted benchmark goes on where it sto
 Accuracy is judged on all 10,000 CIFAR-10 test images, or on the 1,000 photographs of nips2017: that of Reverie in ONNX Runtime, that
 of the others in their own simulation. Minutes are those of making images and quantizing, without starting Python and judging;
 Reverie's include exporting and verifying the file. Memory is the largest resident set of all processes of a row, judging included.
-AIMET has no images of its own: it gets those of Reverie's run with the same bits and seed, and their minutes are counted.
+AIMET has no images of its own: it gets those of Reverie's run with the same bits and seed; their minutes are counted, not the memory
+of that run.
 """
 
 import argparse
@@ -170,7 +171,6 @@ def aimet(name: str, assets: Path, seed: int) -> dict:
         "seconds": {"images": reverie_row["seconds"]["images"]} | result["seconds"],
         # Images are made by a process that does more.
         "wall_seconds": reverie_row["seconds"]["images"] + result["wall_seconds"],
-        "peak_memory_bytes": max(reverie_row["peak_memory_bytes"], result["peak_memory_bytes"]),
     }
 
 
