@@ -97,7 +97,8 @@ def _except(model: nn.Module, exceptions: task.Places) -> None:
     for layer in (exceptions.first, exceptions.last):
         module(layer).param_quantizers["weight"].bitwidth = _END_BITS
     module(exceptions.first).input_quantizers[0].bitwidth = _END_BITS
-    for node in (*exceptions.summed, *exceptions.last_reads):
+    # A function such as flatten has no quantizer of its own.
+    for node in (node for node in (*exceptions.summed, *exceptions.last_reads) if node.op == "call_module"):
         for quantizer in module(node).output_quantizers:
             if quantizer is not None:
                 quantizer.bitwidth = _END_BITS
