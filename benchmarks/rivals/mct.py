@@ -8,7 +8,7 @@ RAdam at a rate of 16 on images 32 px larger that are cropped and smoothed; acti
 correction; gradients: 50 epochs, Hessian-weighted, activations quantized gradually. `--images` and `--iterations` shorten it for large networks.
 
 The target platform is described below as near to Reverie's `integer` placement as MCT allows: the same tensors on grids, weights symmetric
-per channel, activations asymmetric per tensor (MCT's own targets want powers of two). Biases stay in float.
+per channel, activations asymmetric per tensor (MCT's default target wants powers of two). Biases stay in float.
 """
 
 import argparse
