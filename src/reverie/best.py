@@ -172,7 +172,7 @@ def _candidates(weights: int, activations: int, network: Network, real: int) -> 
     gptq = Choice(
         "gptq",
         images | _bits(weights, activations),
-        ("gptq: weights rounded by second moments, as good as learned layer by layer and in seconds", *why),
+        ("gptq: weights rounded by second moments, as good as learned layer by layer and much faster", *why),
     )
     if activations == 8 and weights > 2:
         return [gptq]

@@ -17,7 +17,8 @@ What a step costs is measured on noise, with the stage's own code, on copies tha
 random number of the run is touched. What is measured differs from one day to the next, so whoever resumes a run keeps the
 `Schedule` that was found first.
 
-Not covered by the budget: loading, capture, the measurement itself (a few steps of each stage), calibration, bias correction, what
+Not covered by the budget: loading, capture, the measurement itself (a few steps of each stage), calibration, rounding in closed form,
+sensitivities and bits of mixed precision, bias correction, what
 reconstruction computes between its steps (each unit's inputs and outputs), ClusterQ's refreshes, export, and measuring the result.
 """
 

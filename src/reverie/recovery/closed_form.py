@@ -117,7 +117,8 @@ def _moments(
         if layer.bias is not None:
             y = y - student.graph.get_buffer(layer.bias).view(1, groups, -1, 1)
         due = due.view(-1, 1, 1, 1)
-        left, right, answer = _columns(x), _columns(due * x), _columns(y)
+        left, answer = _columns(x), _columns(y)
+        right = left if weights is None else _columns(due * x)
         inputs += left @ right.mT
         answered += answer @ right.mT
         power += (due * y.square()).sum((0, 3))
