@@ -186,6 +186,12 @@ for network, title, named in (
         ROWS |= {
             f"{network}-best-4{activations}": Row(table, "best", "none", chosen),
             f"{network}-best-real-4{activations}": Row(table, "best", "1,000 real images", f"{chosen} {SAMPLE}"),
+            f"{network}-best-mixed-4{activations}": Row(
+                table,
+                "best, weights of 4 bits on average",
+                "none",
+                f"{named} --recipe best --effective-bits 4 --activation-bits {activations}",
+            ),
         }
 SLOW = [name for name in ROWS if name.startswith(("mobilenet_v2", "lite0"))]
 
