@@ -79,6 +79,10 @@ ROWS = {
         ("aimet", "aimet", "AIMET, AdaRound on Reverie's images", "--iterations 2000"),
     )
 }
+# The others put the stream of the network on four bits, and its branches, which only sums read, on eight; here both have four.
+ROWS["resnet20-44-reverie-sums"] = Row(
+    "resnet20", (4, 4), "reverie", "Reverie, best, sums in 4", "--recipe best --set quantization.sum_bits=4"
+)
 # Data generation at 224 px as in MCT's tutorial takes hours on a CPU: as many images and iterations as Reverie's `best`.
 SHORT = "--count 64 --iterations 50"
 ROWS |= {
