@@ -80,7 +80,7 @@ class Relation:
 
 # Fitted by `benchmarks/estimate.py` (docs/benchmarks.md has its table); the spread is the root mean square of what is left of a network
 # that was left out of the fit.
-CALIBRATED = Relation(intercept=3.021, slope=1.184, spread=0.723, smallest=0.0065, largest=0.746)
+CALIBRATED = Relation(intercept=2.777, slope=1.055, spread=0.704, smallest=0.0065, largest=0.746)
 
 
 def distances(teacher: Float[Tensor, "n classes"], student: Float[Tensor, "n classes"]) -> Float[Tensor, " n"]:
