@@ -7,7 +7,6 @@ where a killed run stopped and ends with the same bytes.
 """
 
 import json
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +34,11 @@ from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
 from reverie.recovery.clipping import clip_activations, excite
 from reverie.recovery.distillation import distil
-from reverie.recovery.mixed_precision import Decision, choose_bits
+from reverie.recovery.mixed_precision import Decision
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights
 from reverie.report import gallery
+from reverie.report.measure import peak_memory
 from reverie.report.metrics import collect
 from reverie.report.render import render
 from reverie.request import capsule_digest, check, identity, images_digest
@@ -47,6 +47,7 @@ from reverie.stages import (
     as_teacher,
     check_bits,
     check_units,
+    decide_bits,
     estimating,
     method_name,
     share_weights,
@@ -361,17 +362,7 @@ def _decision(
     """The bits of every tensor, as the first process of the run that came so far chose them."""
     if file.is_file():
         return Decision.from_dict(json.loads(file.read_text()))
-    decision = choose_bits(
-        reference,
-        student,
-        inputs,
-        recipe.mixed_precision,
-        fixed=recipe.bits,
-        activations=recipe.activations,
-        weights=recipe.weights,
-        seed=Seed(recipe.seed, ("sensitivity",)),
-        progress=progress,
-    )
+    decision = decide_bits(recipe, reference, student, inputs, progress)
     atomic_json(file, decision.as_dict())
     return decision
 
@@ -414,9 +405,3 @@ def _cost(directory: RunDirectory, device: str) -> dict[str, Any]:
     # The sets of images are parts of the stage that makes them.
     stages = {name: facts["seconds"] for name, facts in directory.record["stages"].items() if name not in _IMAGE_SETS}
     return {"seconds": stages, "peak_memory_bytes": peak_memory(device)}
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: the process's largest resident size, plus what a GPU held."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return own + (int(torch.cuda.max_memory_allocated()) if device.startswith("cuda") else 0)

@@ -39,12 +39,11 @@ from reverie.recipe import Recipe, from_tables, tables
 from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
 from reverie.recovery.closed_form import round_at_once
-from reverie.recovery.mixed_precision import choose_bits
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.report.diagnosis import Fault, Finding, costly, next_bits
 from reverie.report.metrics import predict
 from reverie.report.tensor_errors import Errors, TensorKind, divergences
-from reverie.stages import student_of
+from reverie.stages import decide_bits, student_of
 from reverie.synthesis import Streaming, Teacher
 from reverie.synthesis.zeroq import ZeroQ
 
@@ -119,18 +118,8 @@ def bits_of(recipe: Recipe, teacher: Teacher, images: Images, progress: Progress
     if not recipe.mixed_precision.chooses:
         return recipe.bits
     reference, student = student_of(teacher.graph, recipe.quantization, recipe.bits)
-    decision = choose_bits(
-        reference,
-        student,
-        images.evenly(recipe.calibration_images).inputs.to(teacher.device),
-        recipe.mixed_precision,
-        fixed=recipe.bits,
-        activations=recipe.activations,
-        weights=recipe.weights,
-        seed=Seed(recipe.seed, ("sensitivity",)),
-        progress=progress,
-    )
-    return decision.bits
+    inputs = images.evenly(recipe.calibration_images).inputs.to(teacher.device)
+    return decide_bits(recipe, reference, student, inputs, progress).bits
 
 
 def calibrated(

@@ -28,7 +28,7 @@ from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.recipe import Quantization, Recipe
 from reverie.recovery.border import check_isolated
-from reverie.recovery.mixed_precision import check_budgets
+from reverie.recovery.mixed_precision import Decision, check_budgets, choose_bits
 from reverie.synthesis import ImageStream, Streaming, Teacher
 from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule
 from reverie.synthesis.zeroq import ZeroQ
@@ -166,6 +166,26 @@ def check_units(recipe: Recipe, teacher: Teacher) -> None:
     # Only rows are counted, so noise will do.
     noise = torch.randn(2, *teacher.input.shape, generator=Seed(0).generator()).to(teacher.device)
     check_isolated(reference, student.graph, find_units(reference, kind), kind, noise)
+
+
+def decide_bits(recipe: Recipe, reference: fx.GraphModule, student: Student, inputs: Tensor, progress: Progress) -> Decision:
+    """The bits of every tensor, where the recipe leaves them to be chosen.
+
+    Args:
+        reference, student: As `student_of` gives them for the recipe's own bits.
+        inputs: Calibration images, on the student's device.
+    """
+    return choose_bits(
+        reference,
+        student,
+        inputs,
+        recipe.mixed_precision,
+        fixed=recipe.bits,
+        activations=recipe.activations,
+        weights=recipe.weights,
+        seed=Seed(recipe.seed, ("sensitivity",)),
+        progress=progress,
+    )
 
 
 def share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:

@@ -13,7 +13,6 @@ from reverie.cli import main
 from reverie.errors import ConfigError, ModelError
 from reverie.export._packed import stored_bits
 from reverie.graph.capture import capture
-from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, place
 from reverie.observers.minmax import MinMax
 from reverie.progress import Silent
@@ -23,12 +22,6 @@ from reverie.recovery.mixed_precision import Decision, MixedPrecision, check_bud
 from reverie.report import outcome
 
 QUICK = {"images": 16, "held_out": 8, "synthesis.steps": 20, "synthesis.batch": 8}
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_cnn):
-    network = tiny_cnn()
-    return fold_batch_norms(capture(network.module, network.input.shape))
 
 
 @pytest.fixture(scope="module")

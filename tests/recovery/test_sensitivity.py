@@ -7,7 +7,6 @@ from torch.nn import functional
 
 from reverie.errors import ModelError
 from reverie.graph.capture import capture
-from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import place
 from reverie.observers import rows, tensor_qparams, weight_qparams
 from reverie.observers.minmax import MinMax
@@ -53,12 +52,6 @@ def truth(teacher, inputs, kind, name, bits):
         watch.update(rows(kept[name]))
         quantizer.set_qparams(*tensor_qparams(watch, quantizer.grid))
     return divergence(teacher, student, inputs)
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_cnn):
-    network = tiny_cnn()
-    return fold_batch_norms(capture(network.module, network.input.shape))
 
 
 @pytest.fixture(scope="module")

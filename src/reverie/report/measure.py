@@ -1,4 +1,4 @@
-"""Numbers about finished models: accuracy with an honest interval, agreement, bytes, latency.
+"""Numbers about finished models: accuracy with an honest interval, agreement, bytes, latency, memory.
 
 Two models judged on the same n images differ in accuracy by the mean of d_i = a_i - b_i, each -1, 0 or 1. With p the
 share of images that only a gets right and q the share that only b does, the 95 % interval is the one of Agresti and Min
@@ -15,6 +15,7 @@ them alike; medians and quartiles, since the slow tail of a shared machine says 
 """
 
 import math
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -103,3 +105,9 @@ def latency(
                 seconds[name].append(time.perf_counter() - start)
     quartiles = {name: np.quantile(values, (0.25, 0.5, 0.75)) * 1000 for name, values in seconds.items()}
     return {name: Latency(float(median), float(low), float(high)) for name, (low, median, high) in quartiles.items()}
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the process's largest resident size, plus what a GPU held."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return own + (int(torch.cuda.max_memory_allocated()) if device.startswith("cuda") else 0)
