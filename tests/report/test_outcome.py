@@ -56,7 +56,7 @@ def test_the_headline_of_what_was_not_exported_is_about_the_simulation(simulated
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"activation_bits": 4}, "W4A4, sums in 8"),
+        ({"activation_bits": 4}, "W4A4 (sums in 8)"),
         ({"activation_bits": 4, "sum_bits": 4}, "W4A4"),
         ({"activation_bits": 4, "placement": "literature"}, "W4A4"),
     ],

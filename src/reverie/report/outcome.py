@@ -144,7 +144,7 @@ def seconds_text(seconds: dict[str, float]) -> str:
 
 
 def bits_text(metrics: dict[str, Any]) -> str:
-    """Such as `W4A8`, `W4A4, sums in 8`, or `mixed W3.99A8` with the means over all tensors."""
+    """Such as `W4A8`, `W4A4 (sums in 8)`, or `mixed W3.99A8` with the means over all tensors."""
     mixed = metrics.get("mixed_precision")
     if mixed is not None:
         # Without a tensor on a grid, activations are in float.
@@ -152,7 +152,7 @@ def bits_text(metrics: dict[str, Any]) -> str:
     settings = metrics["quantization"]
     text = f"W{settings['weight_bits']}A{settings['activation_bits']}"
     apart = settings["placement"] == "integer" and settings["activation_bits"] < settings["sum_bits"]
-    return f"{text}, sums in {settings['sum_bits']}" if apart else text
+    return f"{text} (sums in {settings['sum_bits']})" if apart else text
 
 
 def mixed_precision_text(mixed: dict[str, Any]) -> str:
