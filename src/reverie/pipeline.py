@@ -49,6 +49,7 @@ from reverie.stages import (
     check_units,
     decide_bits,
     estimating,
+    learning_view,
     method_name,
     share_weights,
     source_of,
@@ -131,19 +132,20 @@ def run(
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
                 check_bits(recipe, teacher)
                 check_units(recipe, teacher)
+                learning = learning_view(recipe, teacher)
             if teacher.capsule is not None:
                 save_capsule(teacher.capsule, directory.path / "capsule.safetensors")
         if budget is not None:
             recipe = _within(budget, recipe, teacher, calibration, directory, progress)
         with _timed(directory, "synthesize"):
-            images = _images(recipe, teacher, directory, "images", recipe.images, progress)
+            images = _images(recipe, learning, directory, "images", recipe.images, progress)
             held_out = _images(recipe, teacher, directory, "held-out", recipe.held_out, progress)
             foreign = None
             if teacher.batch_norms and not labelled:
                 foreign = _images(estimating(recipe), teacher, directory, "estimate", recipe.estimate_images, progress)
             if images is not None:
-                write_images(images, teacher, directory.path, limit=32)
-        parts = {method_name(recipe): images, "real": _answered(calibration, teacher)}
+                write_images(images, learning, directory.path, limit=32)
+        parts = {method_name(recipe): images, "real": _answered(calibration, learning)}
         used = {name: part for name, part in parts.items() if part is not None}
         everything = Images.concatenate(list(used.values()))
 
@@ -165,7 +167,7 @@ def run(
                 reference,
                 quantized,
                 network.input.shape,
-                seen or {"calibration": everything},
+                seen or {"calibration": everything.resized(*network.input.shape[1:])},
                 foreign=foreign,
                 onnx=unproven,
                 packed=packed,
@@ -216,10 +218,11 @@ def run_synthesis(
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         with _timed(directory, "capture"), _free_if_refused(directory):
             teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
+            learning = learning_view(recipe, teacher)
         with _timed(directory, "synthesize"):
-            images = _images(recipe, teacher, directory, "images", recipe.images, progress)
+            images = _images(recipe, learning, directory, "images", recipe.images, progress)
             assert images is not None
-            write_images(images, teacher, directory.path, limit=None)
+            write_images(images, learning, directory.path, limit=None)
         about = gallery.about({method_name(recipe): images}, teacher, calibration, directory.path / "plots")
         metrics = {**_facts(network), "images": about, **_cost(directory, device)}
         atomic_json(directory.path / "metrics.json", metrics)
@@ -306,7 +309,7 @@ def quantize(
     checkpoint, seed = directory.checkpoint, Seed(recipe.seed)
     learned: dict[str, Any] = {"calibration": {name: len(part) for name, part in few.items()}}
     if recipe.mixed_precision.chooses:
-        decision = _decision(recipe, reference, student, inputs, checkpoint("bits.json"), progress)
+        decision = _decision(recipe, teacher, reference, student, inputs, checkpoint("bits.json"), progress)
         reference, student = student_of(teacher.graph, settings, decision.bits)
         learned["mixed_precision"] = decision.as_dict()
     if recipe.clipping.images:
@@ -357,12 +360,18 @@ def _distilled(
 
 
 def _decision(
-    recipe: Recipe, reference: fx.GraphModule, student: Student, inputs: Tensor, file: Path, progress: Progress
+    recipe: Recipe,
+    teacher: Teacher,
+    reference: fx.GraphModule,
+    student: Student,
+    inputs: Tensor,
+    file: Path,
+    progress: Progress,
 ) -> Decision:
     """The bits of every tensor, as the first process of the run that came so far chose them."""
     if file.is_file():
         return Decision.from_dict(json.loads(file.read_text()))
-    decision = decide_bits(recipe, reference, student, inputs, progress)
+    decision = decide_bits(recipe, teacher, reference, student, inputs, progress)
     atomic_json(file, decision.as_dict())
     return decision
 
@@ -384,8 +393,11 @@ def _images(
 
 
 def _answered(images: Images | None, teacher: Teacher) -> Images | None:
-    """The user's images with the teacher's answers."""
-    return None if images is None else replace(images, logits=teacher.logits(images.inputs))
+    """The user's images in the size that the student learns from, with the teacher's answers."""
+    if images is None:
+        return None
+    images = images.resized(*teacher.input.shape[1:])
+    return replace(images, logits=teacher.logits(images.inputs))
 
 
 @contextmanager

@@ -86,6 +86,8 @@ class Recipe:
     Args:
         seed: Of everything random.
         images: Synthetic images; 0 means only the real ones given.
+        image_scale: Their height and width, in shares of what the network expects, up to 1. A network that takes any size learns as
+            much from images of half the side, four of which cost what one does; real images beside them are scaled down, too.
         calibration_images: At most so many of the synthetic and of the real images, evenly from all, decide ranges, adaptation, rounding and
             bias correction, which hold in memory what the network computes of them; distillation sees all.
         held_out: Synthetic images, from another seed, on which agreement is measured.
@@ -100,6 +102,7 @@ class Recipe:
 
     seed: int = 0
     images: int = 64
+    image_scale: float = 1.0
     calibration_images: int = 256
     held_out: int = 32
     estimate_images: int = 32
@@ -118,7 +121,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("images", "held_out", "estimate_images"), (0, math.inf))
-        check_range(self, **counts, calibration_images=(1, math.inf), real_share=(0, 1))
+        check_range(self, **counts, calibration_images=(1, math.inf), image_scale=(1e-2, 1), real_share=(0, 1))
         if 0 < self.estimate_images < _LEAST_TO_ESTIMATE_ON:
             raise ConfigError(
                 f"estimate_images must be at least {_LEAST_TO_ESTIMATE_ON}, or 0, got {self.estimate_images}; fewer do not tell how much they differ"

@@ -119,7 +119,7 @@ def bits_of(recipe: Recipe, teacher: Teacher, images: Images, progress: Progress
         return recipe.bits
     reference, student = student_of(teacher.graph, recipe.quantization, recipe.bits)
     inputs = images.evenly(recipe.calibration_images).inputs.to(teacher.device)
-    return decide_bits(recipe, reference, student, inputs, progress).bits
+    return decide_bits(recipe, teacher, reference, student, inputs, progress).bits
 
 
 def calibrated(

@@ -9,7 +9,7 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from reverie.checkpoints import Folder
 from reverie.errors import ConfigError, at
@@ -21,6 +21,7 @@ from reverie.graph.sums import separate_sums
 from reverie.graph.units import find_units
 from reverie.images import Images
 from reverie.images.augment import Augmentation
+from reverie.images.contract import InputContract
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
 from reverie.models import Network
 from reverie.plugins import name_of
@@ -50,6 +51,37 @@ def as_teacher(network: Network, device: str = "cpu") -> Teacher:
     module = network.module if here == torch.device(device) else copy.deepcopy(network.module).to(device)
     graph = capture(module, network.input.shape, name=network.name)
     return Teacher(graph, network.input, network.classes, network.name, network.fingerprint)
+
+
+def learning_view(recipe: Recipe, teacher: Teacher) -> Teacher:
+    """The teacher as it sees the images that the student learns from, which may be smaller than those it was made for.
+
+    Raises:
+        ConfigError: It does not take that size, or the recipe's generator makes images of one size only.
+    """
+    if recipe.image_scale == 1:
+        return teacher
+    if isinstance(recipe.synthesis, Streaming) and synthesizes(recipe):
+        raise ConfigError(
+            f"image_scale must be 1 with {method_name(recipe)}, whose generator makes all sets of images, got {recipe.image_scale:g}; leave it out"
+        )
+    small = replace(teacher, input=teacher.input.scaled(recipe.image_scale))
+    if not takes(teacher.graph, small.input, teacher.device):
+        _, height, width = small.input.shape
+        raise ConfigError(
+            f"image_scale must be 1 for {teacher.name}, which does not take images of {height} x {width}, got {recipe.image_scale:g}; leave it out"
+        )
+    return small
+
+
+@torch.no_grad()
+def takes(module: nn.Module, contract: InputContract, device: torch.device | str = "cpu") -> bool:
+    """Whether a network computes something of images of this size, whatever size it was made for."""
+    try:
+        return bool(torch.isfinite(module(torch.zeros(2, *contract.shape, device=device))).all())
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        # What PyTorch's operators and checks in a network's own code raise for shapes.
+        return False
 
 
 def synthesizes(recipe: Recipe) -> bool:
@@ -168,10 +200,13 @@ def check_units(recipe: Recipe, teacher: Teacher) -> None:
     check_isolated(reference, student.graph, find_units(reference, kind), kind, noise)
 
 
-def decide_bits(recipe: Recipe, reference: fx.GraphModule, student: Student, inputs: Tensor, progress: Progress) -> Decision:
+def decide_bits(
+    recipe: Recipe, teacher: Teacher, reference: fx.GraphModule, student: Student, inputs: Tensor, progress: Progress
+) -> Decision:
     """The bits of every tensor, where the recipe leaves them to be chosen.
 
     Args:
+        teacher: Budgets are about the images that it expects.
         reference, student: As `student_of` gives them for the recipe's own bits.
         inputs: Calibration images, on the student's device.
     """
@@ -180,6 +215,7 @@ def decide_bits(recipe: Recipe, reference: fx.GraphModule, student: Student, inp
         student,
         inputs,
         recipe.mixed_precision,
+        shape=teacher.input.shape,
         fixed=recipe.bits,
         activations=recipe.activations,
         weights=recipe.weights,

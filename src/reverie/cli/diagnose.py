@@ -104,6 +104,7 @@ def diagnose(
         stages.check_device(device)
     real = None if calibration is None else _read(calibration, loaded)
     teacher = stages.as_teacher(loaded, device)
+    learning = stages.learning_view(resolved, teacher)
     if real is None and (run is None or fix):
         _check_synthesis(resolved, teacher, whole=run is None)
     if run is None:
@@ -117,7 +118,7 @@ def diagnose(
         seen, held_out = _halves(real) if fix else (real, None)
     else:
         held_out = None
-        seen = load_images(run / "images.safetensors") if run else _dreamt(resolved, teacher, images, progress)
+        seen = load_images(run / "images.safetensors") if run else _dreamt(resolved, learning, images, progress)
     if run is not None:
         bits = stored_bits(packed)
         reference, student = stages.student_of(teacher.graph, resolved.quantization, bits)
@@ -125,7 +126,7 @@ def diagnose(
     else:
         bits = remedies.bits_of(resolved, teacher, seen, progress)
         reference, quantized = remedies.calibrated(resolved, teacher, seen, progress, bits=bits)
-    few = seen.evenly(images or _enough(teacher))
+    few = seen.evenly(images or _enough(learning))
     errors = tensor_errors.measure(reference, quantized, few.inputs.to(device), progress=progress)
     findings = diagnosis.find(errors, reference, resolved)
     document: dict[str, Any] = {"network": loaded.name, "run": None if run is None else str(run), **asdict(errors)}
@@ -135,7 +136,7 @@ def diagnose(
     if fix:
         file = output or Path("fixed.toml")
         if held_out is None:
-            held_out = remedies.dream(resolved, teacher, max(_FEWEST_JUDGES, _enough(teacher)), "held-out", progress)
+            held_out = remedies.dream(resolved, learning, max(_FEWEST_JUDGES, _enough(learning)), "held-out", progress)
         found = remedies.treat(
             resolved,
             teacher,
@@ -143,7 +144,7 @@ def diagnose(
             held_out.inputs,
             remedies.remedies(resolved, teacher, errors, findings, more_images=real is None and len(seen) == resolved.images),
             bits=bits,
-            more=lambda count: remedies.dream(resolved, teacher, count, "more", progress),
+            more=lambda count: remedies.dream(resolved, learning, count, "more", progress),
             progress=progress,
         )
         command = _write(found, file, loaded, run)

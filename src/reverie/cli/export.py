@@ -59,7 +59,9 @@ def export(
         nonlocal proof
         exporter(quantized, loaded.input.shape, aside, facts=facts)
         if images.is_file():
-            parity = verify.measure_parity(quantized, aside, load_images(images).inputs[:_PARITY_IMAGES])
+            parity = verify.measure_parity(
+                quantized, aside, load_images(images).resized(*loaded.input.shape[1:]).inputs[:_PARITY_IMAGES]
+            )
             verify.assert_parity(parity)
             proof = (
                 f"same class as the checkpoint on {parity.images} of its own images, "

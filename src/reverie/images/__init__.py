@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,13 @@ class Images:
             logits=None if self.logits is None else self.logits[chosen],
             sources=tuple(self.sources[index] for index in chosen.tolist()) if self.sources else (),
         )
+
+    def resized(self, height: int, width: int) -> "Images":
+        """The same images in another size; logits are not theirs any more and left out, unless the size is the same."""
+        if self.inputs.shape[2:] == (height, width):
+            return self
+        inputs = functional.interpolate(self.inputs, (height, width), mode="bilinear", antialias=True)
+        return replace(self, inputs=inputs, logits=None)
 
     @staticmethod
     def concatenate(parts: "list[Images]") -> "Images":

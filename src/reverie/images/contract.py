@@ -3,7 +3,7 @@
 Pixels are scaled to 0..1, then `input = (pixel - mean) / std` per channel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -58,6 +58,11 @@ class InputContract:
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         return self.channels, self.height, self.width
+
+    def scaled(self, factor: float) -> "InputContract":
+        """The same for images with `factor` times the height and width, in whole pixels."""
+        sides = {name: max(round(getattr(self, name) * factor), 1) for name in ("height", "width")}
+        return replace(self, **sides, resize=None if self.resize is None else max(round(self.resize * factor), 1))
 
     def normalize(self, pixels: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "*batch channels height width"]:
         """Network inputs from pixels in 0..1."""

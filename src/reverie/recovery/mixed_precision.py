@@ -18,7 +18,7 @@ bits alike, as bytes, so its time says nothing about bits.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -239,6 +239,7 @@ def choose_bits(
     inputs: Float[Tensor, "count *shape"],
     settings: MixedPrecision,
     *,
+    shape: tuple[int, ...],
     fixed: Bits,
     activations: Observer,
     weights: Observer,
@@ -251,6 +252,7 @@ def choose_bits(
         teacher: The graph that `student` was placed on.
         student: With the bits that tensors have where they are not chosen; not changed.
         inputs: Calibration images.
+        shape: Of an input that the budgets are about, without the batch.
         fixed: Tensors whose bits are not to be chosen.
         activations, weights: Decide ranges.
 
@@ -258,7 +260,7 @@ def choose_bits(
         ConfigError: A budget cannot be met.
         ModelError: scipy is not installed, or a tensor takes a value that is not finite.
     """
-    tensors = tensors_of(teacher, student, tuple(inputs.shape[1:]), settings, fixed)
+    tensors = tensors_of(teacher, student, shape, settings, fixed)
     widths = sorted({*settings.widths, *(bits for choices in tensors.choices for bits in choices)})
     sensitivities = measure(
         teacher,
@@ -272,6 +274,8 @@ def choose_bits(
         seed=seed,
         progress=progress,
     )
+    # What an image of the network's own size has of them, whatever the size of those looked at.
+    sensitivities = [replace(part, elements=count) for part, count in zip(sensitivities, tensors.elements, strict=True)]
     costs = [
         {bits: part.divergence[bits] for bits in choices} for part, choices in zip(sensitivities, tensors.choices, strict=True)
     ]
