@@ -5,12 +5,14 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 from reverie import best
 from reverie.best import Choice, choose
 from reverie.budget import Schedule
 from reverie.errors import BudgetError, ConfigError
 from reverie.images import Images
+from reverie.models import InputContract, Network
 from reverie.recipe import read
 
 
@@ -43,11 +45,31 @@ def test_ranges_of_two_bits_are_those_of_the_smallest_error(tiny_cnn):
     assert coarse.reconstruction.range_rate == 1e-2
 
 
-def test_many_classes_are_asked_for_and_few_are_not(tiny_cnn):
-    few = tiny_cnn()
-    many = dataclasses.replace(few, classes=2000)
-    assert choose(few, bits(4, 4)).recipe().synthesis.class_weight == 0
-    assert choose(many, bits(4, 4)).recipe().synthesis.class_weight == 0.1
+def sized(side, module):
+    """A network for images of this side."""
+    contract = InputContract(channels=3, height=side, width=side, mean=(0.5,) * 3, std=(0.25,) * 3)
+    return Network(name="sized", module=module.eval(), input=contract, classes=3)
+
+
+def pooled():
+    layers = (nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(4, 3))
+
+
+def test_of_large_images_more_are_made_in_half_the_size_and_no_class_is_asked_for():
+    choice = choose(sized(128, pooled()), bits(4, 4))
+    recipe = choice.recipe()
+    assert (recipe.images, recipe.image_scale, recipe.synthesis.steps) == (256, 0.5, 100)
+    assert recipe.synthesis.class_weight == 0
+    assert choice.reasons[-1] == (
+        "images: 256 of 64 x 64, four of which cost what one of 128 x 128 does, by zeroq in 100 steps from natural noise, no class asked for"
+    )
+
+
+def test_images_keep_their_size_where_they_are_small_or_the_network_takes_no_other(tiny_cnn):
+    fixed = nn.Sequential(nn.Conv2d(3, 4, 3, stride=32), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    for network in (tiny_cnn(), sized(96, pooled()), sized(128, fixed)):
+        assert choose(network, bits(4, 4)).recipe().image_scale == 1
 
 
 @pytest.mark.parametrize(("real", "synthetic"), [(10, 1024), (1024, 0), (3000, 0)])

@@ -12,9 +12,10 @@ where they were measured (docs/log.md; ResNet-20 at 32 px unless said):
 Bits are the caller's: `best` gives every weight the same unless `effective_bits` says otherwise, which a network with depthwise layers should be
 given at 4 bits (MobileNetV2 W4A8 loses 1.9 points so, and 19.8 with 4 bits everywhere).
 
-Images: 50 steps from natural noise are worth more than 200 from white noise; the class term helps where there are fewer images than
-classes (MobileNetV2) and harms where there are many (ResNet-20). Ranges of 2-bit activations are those of the smallest error and are
-learned three times as fast; of 3 to 7 bits those of 99.9 % of values.
+Images: 50 steps from natural noise are worth more than 200 from white noise; the class term harms rounding (ResNet-20, MobileNetV2). Of
+large images, 256 of half the side are worth more than 64 whole ones, and cost as much (MobileNetV2).
+
+Ranges of 2-bit activations are those of the smallest error and are learned three times as fast; of 3 to 7 bits those of 99.9 % of values.
 
 With a budget, the first recipe of the list whose steps fit it, or fit it by half, is taken; the last one is shortened however
 much it takes.
@@ -26,8 +27,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from reverie.budget import check_budget, fit
 from reverie.errors import BudgetError
 from reverie.grid import MAX_BITS, MIN_BITS
@@ -36,13 +35,15 @@ from reverie.models import Network
 from reverie.progress import Progress, Silent, duration_text
 from reverie.recipe import Recipe, read
 from reverie.runs import read_record
-from reverie.stages import as_teacher, check_device
+from reverie.stages import as_teacher, check_device, takes
 from reverie.synthesis import Teacher
 
 # So many real images calibrate and round alone; fewer have synthetic ones beside them.
 _ENOUGH_REAL = 1024
 # A schedule that is shorter than this share of its own is worse than a cheaper method's whole one.
 _LEAST_SHARE = 0.5
+# The longer side, in pixels, up to which images are cheap, and from which on smaller ones are made.
+_SMALL, _LARGE = 64, 128
 # The tables of a recipe that say how many bits there are.
 _BITS = ("quantization.", "mixed_precision.", "bits.")
 
@@ -96,11 +97,11 @@ def choose(
         check_budget(minutes)
     wanted = dict(overrides or {})
     asked = read("zeroq", {key: value for key, value in wanted.items() if key.startswith(_BITS)})
-    found = _candidates(*_fewest_bits(asked), network, 0 if calibration is None else len(calibration))
+    teacher = as_teacher(network, device)
+    found = _candidates(*_fewest_bits(asked), teacher, 0 if calibration is None else len(calibration))
     candidates = [replace(choice, settings={**choice.settings, **_own_bits(asked)}) for choice in found]
     if minutes is None or len(candidates) == 1:
         return candidates[0]
-    teacher = as_teacher(network, device)
     passed: list[str] = []
     for candidate in candidates:
         told = _verdict(candidate, wanted, teacher, calibration, minutes, progress or Silent())
@@ -161,9 +162,9 @@ def _own_bits(recipe: Recipe) -> dict[str, int]:
     return weights | ({} if mixed.chooses_activations else {"quantization.activation_bits": settings.activation_bits})
 
 
-def _candidates(weights: int, activations: int, network: Network, real: int) -> list[Choice]:
+def _candidates(weights: int, activations: int, teacher: Teacher, real: int) -> list[Choice]:
     """Better ones first."""
-    images, why = _images(network, real)
+    images, why = _images(teacher, real)
     if weights == activations == 8:
         return [
             Choice(
@@ -189,7 +190,7 @@ def _candidates(weights: int, activations: int, network: Network, real: int) -> 
     qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
     whole = Choice(
         "qdrop",
-        {**qdrop.settings, **_distillation(network)},
+        {**qdrop.settings, **_distillation(teacher)},
         (
             learned,
             "distillation: then the whole network at once, on images that are cropped, mirrored, recoloured and mixed anew",
@@ -199,9 +200,9 @@ def _candidates(weights: int, activations: int, network: Network, real: int) -> 
     return [whole, qdrop, gptq]
 
 
-def _distillation(network: Network) -> dict[str, Any]:
+def _distillation(teacher: Teacher) -> dict[str, Any]:
     """The pass of the whole network behind the blocks; changed images keep it from learning those it has by heart."""
-    small = _side(network) <= 64
+    small = _side(teacher) <= _SMALL
     return {
         "distillation.after": "rounding",
         "distillation.steps": 600 if small else 100,
@@ -214,8 +215,8 @@ def _distillation(network: Network) -> dict[str, Any]:
     }
 
 
-def _side(network: Network) -> int:
-    return max(network.input.height, network.input.width)
+def _side(teacher: Teacher) -> int:
+    return max(teacher.input.height, teacher.input.width)
 
 
 def _bits(weights: int, activations: int) -> dict[str, Any]:
@@ -223,28 +224,34 @@ def _bits(weights: int, activations: int) -> dict[str, Any]:
     return {"quantization.weight_bits": weights, "quantization.activation_bits": activations}
 
 
-def _images(network: Network, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """How many images of which kind, and why."""
-    dreams = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.module.modules())
+def _images(teacher: Teacher, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """How many images of which kind and size, and why."""
+    settings: dict[str, Any] = {}
+    half = teacher.input.scaled(0.5)
+    halved = _side(teacher) >= _LARGE and takes(teacher.graph, half, teacher.device)
+    size = (
+        f" of {half.height} x {half.width}, four of which cost what one of {teacher.input.height} x {teacher.input.width} does,"
+        * halved
+    )
+    if halved:
+        settings["image_scale"] = 0.5
+    dreams = bool(teacher.batch_norms)
     if real >= _ENOUGH_REAL or (real and not dreams):
-        settings: dict[str, Any] = {"images": 0, "held_out": 0, "calibration_images": _ENOUGH_REAL}
+        settings |= {"images": 0, "held_out": 0, "calibration_images": _ENOUGH_REAL}
         without = "" if dreams else ", as the network has no batch norm to make any from"
-        return settings, (f"images: the {real} real ones alone{without}",)
-    side = _side(network)
-    count = 1024 if side <= 64 else 256 if side <= 128 else 64
-    labelled = count < network.classes
-    settings = {
+        return settings, (f"images: the {real} real ones alone{size.rstrip(',')}{without}",)
+    small = _side(teacher) <= _SMALL
+    count, steps = (1024, 50) if small else (256, 100)
+    settings |= {
         "images": count,
         "calibration_images": count,
         "synthesis.method": "zeroq",
-        "synthesis.steps": 50,
-        "synthesis.batch": 128 if side <= 64 else 32,
-        "synthesis.class_weight": 0.1 if labelled else 0.0,
+        "synthesis.steps": steps,
+        "synthesis.batch": 128 if small else 64,
+        "synthesis.class_weight": 0.0,
     }
+    if halved:
+        # Those that agreement is measured on have the network's own size.
+        settings["held_out"] = 16
     beside = f", beside {real} real ones" if real else ""
-    asked = (
-        "each asked for a class, as there are more classes"
-        if labelled
-        else "no class asked for, as there are more images than classes"
-    )
-    return settings, (f"images: {count} by zeroq in 50 steps from natural noise{beside}; {asked}",)
+    return settings, (f"images: {count}{size} by zeroq in {steps} steps from natural noise, no class asked for{beside}",)

@@ -55,7 +55,7 @@ def optimal_brain_quantization(weight, scale, zero_point, grid, inputs, damping)
     return codes
 
 
-def damped_error(codes, weight, scale, zero_point, moments, damping=0.01):
+def damped_error(codes, weight, scale, zero_point, moments, damping=GPTQ.damping):
     """What GPTQ minimises, of each channel."""
     values = dequantize(codes, scale, zero_point)
     far = (values - weight).double().square().sum(1) * damping * moments.inputs[0].diagonal().mean()
@@ -66,7 +66,7 @@ def damped_error(codes, weight, scale, zero_point, moments, damping=0.01):
 def test_the_codes_are_those_of_optimal_brain_quantization_in_a_fixed_order(size, bits, least):
     weight, x = drawn(size, 8, 3 * size, seed=size)
     moments, on = own_moments(weight, x), grid_of(weight, bits, reach=1.0)
-    expected, nearest = optimal_brain_quantization(weight, *on, moments.inputs[0], 0.01), quantize(weight, *on)
+    expected, nearest = optimal_brain_quantization(weight, *on, moments.inputs[0], GPTQ.damping), quantize(weight, *on)
     better = damped_error(expected, weight, *on[:2], moments) < damped_error(nearest, weight, *on[:2], moments)
     assert better.sum() >= least
     assert torch.equal(GPTQ(sweeps=0)(weight, *on, moments), torch.where(better[:, None], expected, nearest))

@@ -50,7 +50,7 @@ class GPTQ:
         sweeps: Times that all columns are gone through again, each moving to its best code.
     """
 
-    damping: float = 0.01
+    damping: float = 0.1
     sweeps: int = 4
 
     needs: ClassVar[Literal["moments"]] = "moments"
