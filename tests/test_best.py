@@ -62,14 +62,29 @@ def test_of_large_images_more_are_made_in_half_the_size_and_no_class_is_asked_fo
     assert (recipe.images, recipe.image_scale, recipe.synthesis.steps) == (256, 0.5, 100)
     assert recipe.synthesis.class_weight == 0
     assert choice.reasons[-1] == (
-        "images: 256 of 64 x 64, four of which cost what one of 128 x 128 does, by zeroq in 100 steps from natural noise, no class asked for"
+        "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
     )
 
 
 def test_images_keep_their_size_where_they_are_small_or_the_network_takes_no_other(tiny_cnn):
     fixed = nn.Sequential(nn.Conv2d(3, 4, 3, stride=32), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
-    for network in (tiny_cnn(), sized(96, pooled()), sized(128, fixed)):
-        assert choose(network, bits(4, 4)).recipe().image_scale == 1
+    for network, count in ((tiny_cnn(), 1024), (sized(96, pooled()), 256), (sized(128, fixed), 64)):
+        recipe = choose(network, bits(4, 4)).recipe()
+        assert (recipe.image_scale, recipe.images, recipe.synthesis.steps) == (1, count, 50)
+
+
+def test_images_keep_their_size_where_the_user_or_a_generator_wants_it():
+    for wanted in ({"image_scale": 1.0}, {"synthesis.method": "gdfq"}):
+        choice = choose(sized(128, pooled()), bits(4, 4) | wanted)
+        assert choice.recipe(bits(4, 4) | wanted).image_scale == 1
+        assert " x " not in choice.reasons[-1]
+
+
+def test_real_images_alone_are_halved_too_and_it_says_so():
+    real = Images(inputs=torch.zeros(1024, 3, 128, 128), sources=("real",) * 1024)
+    choice = choose(sized(128, pooled()), bits(4, 4), calibration=real)
+    assert choice.recipe().image_scale == 0.5
+    assert choice.reasons[-1] == "images: the 1024 real ones alone, scaled down to 64 x 64"
 
 
 @pytest.mark.parametrize(("real", "synthetic"), [(10, 1024), (1024, 0), (3000, 0)])

@@ -12,7 +12,8 @@ CHECKS = (
     ("ruff", "format", "--check"),
     ("mypy",),
     ("lint-imports",),
-    ("pytest", "-q"),
+    # A process for each core, up to as many as fit in memory; tests keep PyTorch to one thread each.
+    ("pytest", "-q", "-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"),
 )
 
 

@@ -27,6 +27,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from reverie.budget import check_budget, fit
 from reverie.errors import BudgetError
 from reverie.grid import MAX_BITS, MIN_BITS
@@ -36,7 +38,7 @@ from reverie.progress import Progress, Silent, duration_text
 from reverie.recipe import Recipe, read
 from reverie.runs import read_record
 from reverie.stages import as_teacher, check_device, takes
-from reverie.synthesis import Teacher
+from reverie.synthesis import Streaming, Teacher
 
 # So many real images calibrate and round alone; fewer have synthetic ones beside them.
 _ENOUGH_REAL = 1024
@@ -97,11 +99,13 @@ def choose(
         check_budget(minutes)
     wanted = dict(overrides or {})
     asked = read("zeroq", {key: value for key, value in wanted.items() if key.startswith(_BITS)})
-    teacher = as_teacher(network, device)
-    found = _candidates(*_fewest_bits(asked), teacher, 0 if calibration is None else len(calibration))
+    teacher = as_teacher(network, device) if minutes is not None or _side(network) >= _LARGE else None
+    halved = teacher is not None and _halves(teacher, wanted)
+    found = _candidates(*_fewest_bits(asked), network, halved, 0 if calibration is None else len(calibration))
     candidates = [replace(choice, settings={**choice.settings, **_own_bits(asked)}) for choice in found]
     if minutes is None or len(candidates) == 1:
         return candidates[0]
+    assert teacher is not None
     passed: list[str] = []
     for candidate in candidates:
         told = _verdict(candidate, wanted, teacher, calibration, minutes, progress or Silent())
@@ -162,9 +166,9 @@ def _own_bits(recipe: Recipe) -> dict[str, int]:
     return weights | ({} if mixed.chooses_activations else {"quantization.activation_bits": settings.activation_bits})
 
 
-def _candidates(weights: int, activations: int, teacher: Teacher, real: int) -> list[Choice]:
+def _candidates(weights: int, activations: int, network: Network, halved: bool, real: int) -> list[Choice]:
     """Better ones first."""
-    images, why = _images(teacher, real)
+    images, why = _images(network, halved, real)
     if weights == activations == 8:
         return [
             Choice(
@@ -190,7 +194,7 @@ def _candidates(weights: int, activations: int, teacher: Teacher, real: int) -> 
     qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
     whole = Choice(
         "qdrop",
-        {**qdrop.settings, **_distillation(teacher)},
+        {**qdrop.settings, **_distillation(network)},
         (
             learned,
             "distillation: then the whole network at once, on images that are cropped, mirrored, recoloured and mixed anew",
@@ -200,9 +204,9 @@ def _candidates(weights: int, activations: int, teacher: Teacher, real: int) -> 
     return [whole, qdrop, gptq]
 
 
-def _distillation(teacher: Teacher) -> dict[str, Any]:
+def _distillation(network: Network) -> dict[str, Any]:
     """The pass of the whole network behind the blocks; changed images keep it from learning those it has by heart."""
-    small = _side(teacher) <= _SMALL
+    small = _side(network) <= _SMALL
     return {
         "distillation.after": "rounding",
         "distillation.steps": 600 if small else 100,
@@ -215,8 +219,16 @@ def _distillation(teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _side(teacher: Teacher) -> int:
-    return max(teacher.input.height, teacher.input.width)
+def _side(network: Network) -> int:
+    return max(network.input.height, network.input.width)
+
+
+def _halves(teacher: Teacher, wanted: Mapping[str, Any]) -> bool:
+    """Whether the student is to learn from images of half the side: the network takes them, and nothing that the user wants speaks against it."""
+    method = read("zeroq", {"synthesis.method": wanted.get("synthesis.method", "zeroq")}).synthesis
+    if "image_scale" in wanted or isinstance(method, Streaming):
+        return False
+    return max(teacher.input.shape[1:]) >= _LARGE and takes(replace(teacher, input=teacher.input.scaled(0.5)))
 
 
 def _bits(weights: int, activations: int) -> dict[str, Any]:
@@ -224,34 +236,34 @@ def _bits(weights: int, activations: int) -> dict[str, Any]:
     return {"quantization.weight_bits": weights, "quantization.activation_bits": activations}
 
 
-def _images(teacher: Teacher, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _images(network: Network, halved: bool, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """How many images of which kind and size, and why."""
-    settings: dict[str, Any] = {}
-    half = teacher.input.scaled(0.5)
-    halved = _side(teacher) >= _LARGE and takes(teacher.graph, half, teacher.device)
-    size = (
-        f" of {half.height} x {half.width}, four of which cost what one of {teacher.input.height} x {teacher.input.width} does,"
-        * halved
-    )
-    if halved:
-        settings["image_scale"] = 0.5
-    dreams = bool(teacher.batch_norms)
+    settings: dict[str, Any] = {"image_scale": 0.5} if halved else {}
+    half = network.input.scaled(0.5)
+    size = f" of {half.height} x {half.width}" if halved else ""
+    dreams = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.module.modules())
     if real >= _ENOUGH_REAL or (real and not dreams):
         settings |= {"images": 0, "held_out": 0, "calibration_images": _ENOUGH_REAL}
         without = "" if dreams else ", as the network has no batch norm to make any from"
-        return settings, (f"images: the {real} real ones alone{size.rstrip(',')}{without}",)
-    small = _side(teacher) <= _SMALL
-    count, steps = (1024, 50) if small else (256, 100)
+        scaled = f", scaled down to {half.height} x {half.width}" if halved else ""
+        return settings, (f"images: the {real} real ones alone{scaled}{without}",)
+    side = _side(network)
+    if side <= _SMALL:
+        count, steps, batch = 1024, 50, 128
+    elif halved:
+        count, steps, batch = 256, 100, 64
+        # Those that agreement is measured on have the network's own size.
+        settings["held_out"] = 16
+    else:
+        count, steps, batch = 256 if side < _LARGE else 64, 50, 32
     settings |= {
         "images": count,
         "calibration_images": count,
         "synthesis.method": "zeroq",
         "synthesis.steps": steps,
-        "synthesis.batch": 128 if small else 64,
+        "synthesis.batch": batch,
         "synthesis.class_weight": 0.0,
     }
-    if halved:
-        # Those that agreement is measured on have the network's own size.
-        settings["held_out"] = 16
     beside = f", beside {real} real ones" if real else ""
-    return settings, (f"images: {count}{size} by zeroq in {steps} steps from natural noise, no class asked for{beside}",)
+    more = ", four of which cost what a whole one does" if halved else ""
+    return settings, (f"images: {count}{size} by zeroq in {steps} steps from natural noise, no class asked for{more}{beside}",)

@@ -130,9 +130,9 @@ def run(
         with _timed(directory, "capture"):
             with _free_if_refused(directory):
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
+                learning = learning_view(recipe, teacher)
                 check_bits(recipe, teacher)
                 check_units(recipe, teacher)
-                learning = learning_view(recipe, teacher)
             if teacher.capsule is not None:
                 save_capsule(teacher.capsule, directory.path / "capsule.safetensors")
         if budget is not None:
@@ -167,7 +167,7 @@ def run(
                 reference,
                 quantized,
                 network.input.shape,
-                seen or {"calibration": everything.resized(*network.input.shape[1:])},
+                seen or {"calibration": calibration or everything.resized(*network.input.shape[1:])},
                 foreign=foreign,
                 onnx=unproven,
                 packed=packed,
@@ -177,7 +177,7 @@ def run(
             if unproven is not None:
                 unproven.replace(directory.path / "network.onnx")
             real = evaluation if evaluation is not None and len(evaluation) else calibration
-            about = gallery.about(used, teacher, real, directory.path / "plots")
+            about = gallery.about(used, learning, real, directory.path / "plots")
         metrics = {
             **_facts(network),
             "quantization": asdict(recipe.quantization),
@@ -223,7 +223,7 @@ def run_synthesis(
             images = _images(recipe, learning, directory, "images", recipe.images, progress)
             assert images is not None
             write_images(images, learning, directory.path, limit=None)
-        about = gallery.about({method_name(recipe): images}, teacher, calibration, directory.path / "plots")
+        about = gallery.about({method_name(recipe): images}, learning, calibration, directory.path / "plots")
         metrics = {**_facts(network), "images": about, **_cost(directory, device)}
         atomic_json(directory.path / "metrics.json", metrics)
         directory.complete()

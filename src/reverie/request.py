@@ -12,7 +12,7 @@ from reverie.models import Network
 from reverie.recipe import Recipe
 from reverie.recovery.allocation import require_solver
 from reverie.stages import check_device, composition, method_name, reads_capsule, synthesizes
-from reverie.synthesis import lacks_batch_norm, lacks_capsule
+from reverie.synthesis import Streaming, lacks_batch_norm, lacks_capsule
 from reverie.synthesis._capsule import Capsule
 
 
@@ -40,6 +40,11 @@ def check(
         raise ConfigError(
             "the literature placement must not be exported, got export = "
             f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
+        )
+    if recipe.image_scale != 1 and synthesizes(recipe) and isinstance(recipe.synthesis, Streaming):
+        raise ConfigError(
+            f"image_scale must be 1 with {method_name(recipe)}, whose generator makes all sets of images, got "
+            f"{recipe.image_scale:g}; use --set image_scale=1"
         )
     if recipe.mixed_precision.chooses:
         require_solver()

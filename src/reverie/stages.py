@@ -9,7 +9,7 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from reverie.checkpoints import Folder
 from reverie.errors import ConfigError, at
@@ -21,7 +21,6 @@ from reverie.graph.sums import separate_sums
 from reverie.graph.units import find_units
 from reverie.images import Images
 from reverie.images.augment import Augmentation
-from reverie.images.contract import InputContract
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
 from reverie.models import Network
 from reverie.plugins import name_of
@@ -57,28 +56,26 @@ def learning_view(recipe: Recipe, teacher: Teacher) -> Teacher:
     """The teacher as it sees the images that the student learns from, which may be smaller than those it was made for.
 
     Raises:
-        ConfigError: It does not take that size, or the recipe's generator makes images of one size only.
+        ConfigError: It does not take that size.
     """
     if recipe.image_scale == 1:
         return teacher
-    if isinstance(recipe.synthesis, Streaming) and synthesizes(recipe):
-        raise ConfigError(
-            f"image_scale must be 1 with {method_name(recipe)}, whose generator makes all sets of images, got {recipe.image_scale:g}; leave it out"
-        )
     small = replace(teacher, input=teacher.input.scaled(recipe.image_scale))
-    if not takes(teacher.graph, small.input, teacher.device):
+    if not takes(small):
         _, height, width = small.input.shape
         raise ConfigError(
-            f"image_scale must be 1 for {teacher.name}, which does not take images of {height} x {width}, got {recipe.image_scale:g}; leave it out"
+            f"image_scale must be 1 for {teacher.name}, which does not take images of {height} x {width}, got "
+            f"{recipe.image_scale:g}; use --set image_scale=1"
         )
     return small
 
 
 @torch.no_grad()
-def takes(module: nn.Module, contract: InputContract, device: torch.device | str = "cpu") -> bool:
-    """Whether a network computes something of images of this size, whatever size it was made for."""
+def takes(teacher: Teacher) -> bool:
+    """Whether the network answers images of its contract's size, whatever size it was made for."""
+    noise = torch.randn(2, *teacher.input.shape, generator=Seed(0).generator()).to(teacher.device)
     try:
-        return bool(torch.isfinite(module(torch.zeros(2, *contract.shape, device=device))).all())
+        return bool(teacher.graph(noise).shape == (2, teacher.classes))
     except (RuntimeError, ValueError, AssertionError, IndexError):
         # What PyTorch's operators and checks in a network's own code raise for shapes.
         return False

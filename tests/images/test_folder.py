@@ -327,7 +327,7 @@ def test_a_table_that_is_not_there_is_refused(tmp_path):
 def test_a_saved_set_of_another_shape_is_refused(tmp_path):
     save_images(Images(inputs=torch.zeros(1, 3, 8, 8)), tmp_path / "a.safetensors")
     assert refusal(tmp_path / "a.safetensors") == (
-        f"{tmp_path / 'a.safetensors'}: inputs must have shape (1, 4, 4), got (3, 8, 8); make them anew"
+        f"{tmp_path / 'a.safetensors'}: inputs must have shape (1, 4, 4), got (3, 8, 8); make them anew, with image_scale = 1"
     )
 
 

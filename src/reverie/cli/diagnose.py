@@ -116,6 +116,7 @@ def diagnose(
             say("the student is calibrated only: bias correction stands in for what the recipe learns")
     if real is not None:
         seen, held_out = _halves(real) if fix else (real, None)
+        seen = seen.resized(*learning.input.shape[1:])
     else:
         held_out = None
         seen = load_images(run / "images.safetensors") if run else _dreamt(resolved, learning, images, progress)
@@ -136,7 +137,7 @@ def diagnose(
     if fix:
         file = output or Path("fixed.toml")
         if held_out is None:
-            held_out = remedies.dream(resolved, learning, max(_FEWEST_JUDGES, _enough(learning)), "held-out", progress)
+            held_out = remedies.dream(resolved, teacher, max(_FEWEST_JUDGES, _enough(teacher)), "held-out", progress)
         found = remedies.treat(
             resolved,
             teacher,

@@ -36,7 +36,7 @@ def synthesize(
             path/to/file.py:factory.
         output: A new or empty folder.
         images: How many.
-        recipe: A preset or a .toml file; its [synthesis] table counts.
+        recipe: A preset or a .toml file; its [synthesis] table counts, and image_scale.
         calibration: Folder (or .npz, .safetensors) of real images: what fdda needs, labelled, and what the synthetic ones
             are compared with.
         capsule: File that `reverie capsule` wrote, for fdda without the images themselves.

@@ -234,7 +234,9 @@ def _channels_last(pixels: UInt8[np.ndarray, "count a b c"], contract: InputCont
 def _read_saved(path: Path, contract: InputContract, classes: int, require_labels: bool, limit: int | None) -> Images:
     images = load_images(path)
     if images.inputs.shape[1:] != contract.shape:
-        raise ConfigError(f"inputs must have shape {contract.shape}, got {tuple(images.inputs.shape[1:])}; make them anew")
+        raise ConfigError(
+            f"inputs must have shape {contract.shape}, got {tuple(images.inputs.shape[1:])}; make them anew, with image_scale = 1"
+        )
     chosen = _spread(len(images), limit)
     images = replace(
         images,

@@ -16,8 +16,8 @@ def about(used: dict[str, Images], teacher: Teacher, real: Images | None, folder
     """What is known of the images that were used; with plots in `folder` where matplotlib is there.
 
     Args:
-        used: The sets by name.
-        real: Images to compare the others with, if there are any.
+        used: The sets by name, in the size of the teacher's contract.
+        real: Images to compare the others with, if there are any; in whatever size, they are looked at in the others'.
         folder: Made if it is not there; its parent must be.
     """
     everything = Images.concatenate(list(used.values()))
@@ -29,7 +29,8 @@ def about(used: dict[str, Images], teacher: Teacher, real: Images | None, folder
     if teacher.capsule is not None:
         capsule = teacher.capsule
         found["capsule"] = {"classes": capsule.classes, "missing": capsule.missing, "misclassified": capsule.wrong}
-    sets = used if real is None else used | {"real": real.evenly(_COMPARED)}
+    size = teacher.input.shape[1:]
+    sets = used if real is None else used | {"real": real.evenly(_COMPARED).resized(*size)}
     found["separation"] = separation.describe(teacher, sets)
     if plots.available():
         folder.mkdir(exist_ok=True)
