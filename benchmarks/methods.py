@@ -193,6 +193,12 @@ for network, title, named in (
                 f"{named} --recipe best --effective-bits 4 --activation-bits {activations}",
             ),
         }
+    ROWS[f"{network}-best-means-44"] = Row(
+        f"{title}, W4A4 on average, integer, exported",
+        "best, weights and activations of 4 bits on average",
+        "none",
+        f"{named} --recipe best --effective-bits 4 --effective-activation-bits 4",
+    )
 SLOW = [name for name in ROWS if name.startswith(("mobilenet_v2", "lite0"))]
 
 

@@ -83,7 +83,7 @@ ROWS = {
 ROWS["resnet20-44-reverie-sums"] = Row(
     "resnet20", (4, 4), "reverie", "Reverie, best, sums in 4", "--recipe best --set quantization.sum_bits=4"
 )
-# Data generation at 224 px as in MCT's tutorial takes hours on a CPU: as many images and iterations as Reverie's `best`.
+# Data generation at 224 px as in MCT's tutorial takes hours on a CPU: as many pixels as Reverie's `best`, whose 256 images have half the side.
 SHORT = "--count 64 --iterations 50"
 ROWS |= {
     f"mobilenet_v2-48-{name}": Row("mobilenet_v2", (4, 8), tool, title, flags, SHORT)

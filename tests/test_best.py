@@ -60,6 +60,7 @@ def test_of_large_images_more_are_made_in_half_the_size_and_no_class_is_asked_fo
     choice = choose(sized(128, pooled()), bits(4, 4))
     recipe = choice.recipe()
     assert (recipe.images, recipe.image_scale, recipe.synthesis.steps) == (256, 0.5, 100)
+    assert choice.name == "qdrop" and recipe.distillation.steps == 0
     assert recipe.synthesis.class_weight == 0
     assert choice.reasons[-1] == (
         "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
@@ -78,6 +79,20 @@ def test_images_keep_their_size_where_the_user_or_a_generator_wants_it():
         choice = choose(sized(128, pooled()), bits(4, 4) | wanted)
         assert choice.recipe(bits(4, 4) | wanted).image_scale == 1
         assert " x " not in choice.reasons[-1]
+
+
+def test_a_network_with_depthwise_layers_is_told_to_share_its_bits_out():
+    told = "bits: as asked, 4 for every weight; its depthwise layers want more: --effective-bits 4 loses less in as many bytes"
+    depthwise = nn.Sequential(
+        nn.Conv2d(3, 6, 3, groups=3, padding=1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    assert choose(sized(32, depthwise), bits(4, 8)).reasons[-1] == told
+    for network, wanted in (
+        (sized(32, depthwise), bits(8, 8)),
+        (sized(32, depthwise), {"mixed_precision.effective_bits": 4.0}),
+        (sized(32, pooled()), bits(4, 8)),
+    ):
+        assert told not in choose(network, wanted).reasons
 
 
 def test_real_images_alone_are_halved_too_and_it_says_so():

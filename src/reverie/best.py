@@ -7,10 +7,11 @@ where they were measured (docs/log.md; ResNet-20 at 32 px unless said):
     8, 8                   nearest, biases corrected (`zeroq`)            0.1 to 0.5 points lost, MobileNetV2 and Lite0 too
     3 to 7, 8              second order (`gptq`)                          as good as learned layer by layer, in a thirtieth of the time
     fewer, or under 8      blocks, half the values dropped (`qdrop`),     ranges of activations have to be learned with the codes, and what
-                           then the whole network, distilled              blocks leave over is a third less when all is learned at once
+                           up to 64 px then the whole network,            blocks leave over is a third less when all is learned at once (and not,
+                           distilled                                      in the few steps that 224 px allow)
 
-Bits are the caller's: `best` gives every weight the same unless `effective_bits` says otherwise, which a network with depthwise layers should be
-given at 4 bits (MobileNetV2 W4A8 loses 1.9 points so, and 19.8 with 4 bits everywhere).
+Bits are the caller's: `best` gives every weight the same unless `effective_bits` says otherwise, and tells whom it would help: networks with
+depthwise layers (MobileNetV2 W4A8 loses 1.9 points so, and 4.9 with 4 bits everywhere).
 
 Images: 50 steps from natural noise are worth more than 200 from white noise; the class term harms rounding (ResNet-20, MobileNetV2). Of
 large images, 256 of half the side are worth more than 64 whole ones, and cost as much (MobileNetV2).
@@ -46,6 +47,17 @@ _ENOUGH_REAL = 1024
 _LEAST_SHARE = 0.5
 # The longer side, in pixels, up to which images are cheap, and from which on smaller ones are made.
 _SMALL, _LARGE = 64, 128
+# The pass of the whole network behind the blocks; changed images keep it from learning those it has by heart.
+_DISTILLATION = {
+    "distillation.after": "rounding",
+    "distillation.steps": 600,
+    "distillation.batch": 64,
+    "distillation.learning_rate": 1e-3,
+    "distillation.scale_rate": 3e-4,
+    "distillation.smallest_crop": 0.6,
+    "distillation.colour": 0.2,
+    "distillation.cut_mix": 0.3,
+}
 # The tables of a recipe that say how many bits there are.
 _BITS = ("quantization.", "mixed_precision.", "bits.")
 
@@ -102,7 +114,11 @@ def choose(
     teacher = as_teacher(network, device) if minutes is not None or _side(network) >= _LARGE else None
     halved = teacher is not None and _halves(teacher, wanted)
     found = _candidates(*_fewest_bits(asked), network, halved, 0 if calibration is None else len(calibration))
-    candidates = [replace(choice, settings={**choice.settings, **_own_bits(asked)}) for choice in found]
+    advice = _advice(asked, network)
+    candidates = [
+        replace(choice, settings={**choice.settings, **_own_bits(asked)}, reasons=(*choice.reasons, *advice))
+        for choice in found
+    ]
     if minutes is None or len(candidates) == 1:
         return candidates[0]
     assert teacher is not None
@@ -192,9 +208,11 @@ def _candidates(weights: int, activations: int, network: Network, halved: bool, 
     named = f"W{weights}A{activations}"
     learned = f"qdrop: at {named} codes and ranges are learned together, block by block, half of all values unquantized"
     qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
+    if _side(network) > _SMALL:
+        return [qdrop, gptq]
     whole = Choice(
         "qdrop",
-        {**qdrop.settings, **_distillation(network)},
+        {**qdrop.settings, **_DISTILLATION},
         (
             learned,
             "distillation: then the whole network at once, on images that are cropped, mirrored, recoloured and mixed anew",
@@ -204,19 +222,17 @@ def _candidates(weights: int, activations: int, network: Network, halved: bool, 
     return [whole, qdrop, gptq]
 
 
-def _distillation(network: Network) -> dict[str, Any]:
-    """The pass of the whole network behind the blocks; changed images keep it from learning those it has by heart."""
-    small = _side(network) <= _SMALL
-    return {
-        "distillation.after": "rounding",
-        "distillation.steps": 600 if small else 100,
-        "distillation.batch": 64 if small else 32,
-        "distillation.learning_rate": 1e-3,
-        "distillation.scale_rate": 3e-4,
-        "distillation.smallest_crop": 0.6,
-        "distillation.colour": 0.2,
-        "distillation.cut_mix": 0.3,
-    }
+def _advice(asked: Recipe, network: Network) -> tuple[str, ...]:
+    """What the user could ask for instead: bits are theirs to say."""
+    bits = asked.quantization.weight_bits
+    depthwise = any(
+        isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 for module in network.module.modules()
+    )
+    if asked.mixed_precision.chooses_weights or bits == MAX_BITS or not depthwise:
+        return ()
+    return (
+        f"bits: as asked, {bits} for every weight; its depthwise layers want more: --effective-bits {bits} loses less in as many bytes",
+    )
 
 
 def _side(network: Network) -> int:
