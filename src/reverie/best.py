@@ -16,7 +16,8 @@ depthwise layers (MobileNetV2 W4A8 loses 1.9 points so, and 4.9 with 4 bits ever
 Images: 50 steps from natural noise are worth more than 200 from white noise; the class term harms rounding (ResNet-20, MobileNetV2). Of
 large images, 256 of half the side are worth more than 64 whole ones, and cost as much (MobileNetV2).
 
-Ranges of 2-bit activations are those of the smallest error and are learned three times as fast; of 3 to 7 bits those of 99.9 % of values.
+Ranges of 2-bit activations are those of the smallest error, of 3 to 7 bits those of 99.9 % of values; they are learned three times as fast at 2 bits and
+above 64 px.
 
 With a budget, the first recipe of the list whose steps fit it, or fit it by half, is taken; the last one is shortened however
 much it takes.
@@ -204,7 +205,7 @@ def _candidates(weights: int, activations: int, network: Network, halved: bool, 
     blocks: dict[str, Any] = {"activations.method": "mse"} if coarse else {}
     if activations == 8:
         blocks["activations.percentile"] = 99.99
-    blocks["reconstruction.range_rate"] = 1e-2 if coarse else 3e-3
+    blocks["reconstruction.range_rate"] = 1e-2 if coarse or _side(network) > _SMALL else 3e-3
     named = f"W{weights}A{activations}"
     learned = f"qdrop: at {named} codes and ranges are learned together, block by block, half of all values unquantized"
     qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
