@@ -16,8 +16,8 @@ depthwise layers (MobileNetV2 W4A8 loses 1.9 points so, and 4.9 with 4 bits ever
 Images: 50 steps from natural noise are worth more than 200 from white noise; the class term harms rounding (ResNet-20, MobileNetV2). Of
 large images, 256 of half the side are worth more than 64 whole ones, and cost as much (MobileNetV2).
 
-Ranges of 2-bit activations are those of the smallest error, of 3 to 7 bits those of 99.9 % of values; they are learned three times as fast at 2 bits and
-above 64 px.
+Ranges of 2-bit activations are those of the smallest error, of 3 to 7 bits those of 99.9 % of values; they are learned three times
+as fast at 2 bits and above 64 px.
 
 With a budget, the first recipe of the list whose steps fit it, or fit it by half, is taken; the last one is shortened however
 much it takes.
