@@ -32,6 +32,9 @@ def test_bits_decide_the_rounding(tiny_cnn, weights, activations, preset):
     assert recipe.export is not None
     assert len(choice.reasons) == (3 if preset == "qdrop" else 2)
     assert recipe.distils_after("rounding") == (preset == "qdrop")
+    if preset == "qdrop":
+        assert recipe.reconstruction.drop == (0.5 if activations < 8 else 0)
+        assert choice.reasons[0].endswith("half of all values unquantized") == (activations < 8)
 
 
 def test_without_bits_it_is_eight(tiny_cnn):

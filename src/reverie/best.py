@@ -7,8 +7,8 @@ where they were measured (docs/log.md; ResNet-20 at 32 px unless said):
     8, 8                   nearest, biases corrected (`zeroq`)            0.1 to 0.5 points lost, MobileNetV2 and Lite0 too
     3 to 7, 8              second order (`gptq`)                          as good as learned layer by layer, in a thirtieth of the time
     fewer, or under 8      blocks, half the values dropped (`qdrop`),     ranges of activations have to be learned with the codes, and what
-                           up to 64 px then the whole network,            blocks leave over is a third less when all is learned at once (and not,
-                           distilled                                      in the few steps that 224 px allow)
+                           none of activations in 8 bits; up to 64 px     blocks leave over is a third less when all is learned at once (and not,
+                           then the whole network, distilled              in the few steps that 224 px allow)
 
 Bits are the caller's: `best` gives every weight the same unless `effective_bits` says otherwise, and tells whom it would help: networks with
 depthwise layers (MobileNetV2 W4A8 loses 1.9 points so, and 4.9 with 4 bits everywhere).
@@ -204,10 +204,11 @@ def _candidates(weights: int, activations: int, network: Network, halved: bool, 
     coarse = activations == 2
     blocks: dict[str, Any] = {"activations.method": "mse"} if coarse else {}
     if activations == 8:
-        blocks["activations.percentile"] = 99.99
+        blocks |= {"activations.percentile": 99.99, "reconstruction.drop": 0.0}
     blocks["reconstruction.range_rate"] = 1e-2 if coarse or _side(network) > _SMALL else 3e-3
     named = f"W{weights}A{activations}"
-    learned = f"qdrop: at {named} codes and ranges are learned together, block by block, half of all values unquantized"
+    dropped = ", half of all values unquantized" if activations < 8 else ""
+    learned = f"qdrop: at {named} codes and ranges are learned together, block by block{dropped}"
     qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
     if _side(network) > _SMALL:
         return [qdrop, gptq]
