@@ -14,7 +14,7 @@ Bits are the caller's: `best` gives every weight the same unless `effective_bits
 depthwise layers (MobileNetV2 W4A8 loses 1.9 points so, and 4.9 with 4 bits everywhere).
 
 Images: 50 steps from natural noise are worth more than 200 from white noise; the class term harms rounding (ResNet-20, MobileNetV2). Of
-large images, 256 of half the side are worth more than 64 whole ones, and cost as much (MobileNetV2).
+large images, 256 of half the side are worth more than 64 whole ones, and a step costs as much (MobileNetV2).
 
 Ranges of 2-bit activations are those of the smallest error, of 3 to 7 bits those of 99.9 % of values; they are learned three times
 as fast at 2 bits and above 64 px.
@@ -120,9 +120,8 @@ def choose(
         replace(choice, settings={**choice.settings, **_own_bits(asked)}, reasons=(*choice.reasons, *advice))
         for choice in found
     ]
-    if minutes is None or len(candidates) == 1:
+    if minutes is None or teacher is None or len(candidates) == 1:
         return candidates[0]
-    assert teacher is not None
     passed: list[str] = []
     for candidate in candidates:
         told = _verdict(candidate, wanted, teacher, calibration, minutes, progress or Silent())

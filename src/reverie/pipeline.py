@@ -51,14 +51,14 @@ from reverie.stages import (
     estimating,
     learning_view,
     method_name,
+    plan,
     share_weights,
     source_of,
     student_of,
     synthesize,
-    synthesizes,
     with_capsule,
 )
-from reverie.synthesis import Streaming, Teacher
+from reverie.synthesis import Teacher
 from reverie.synthesis._capsule import Capsule, save_capsule
 
 _IMAGE_SETS = ("images", "held-out", "estimate")
@@ -126,7 +126,7 @@ def run(
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         if choice is not None:
             directory.note(choice=asdict(choice))
-        progress.plan(_plan(recipe, labelled=labelled))
+        progress.plan(plan(recipe, labelled=labelled))
         with _timed(directory, "capture"):
             with _free_if_refused(directory):
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
@@ -263,28 +263,6 @@ def _free_if_refused(directory: RunDirectory) -> Iterator[None]:
         for name in ("run.json", "recipe.toml", "capsule.safetensors"):
             (directory.path / name).unlink(missing_ok=True)
         raise
-
-
-def _plan(recipe: Recipe, *, labelled: bool) -> dict[str, float]:
-    """The stages that take time, with relative costs as seen on small networks."""
-    plan = {"synthesize": 6.0} if synthesizes(recipe) or (recipe.estimate_images and not labelled) else {}
-    if synthesizes(recipe) and isinstance(recipe.synthesis, Streaming):
-        plan["refine"] = 5.0
-    plan |= {"sensitivity": 0.5} if recipe.mixed_precision.chooses else {}
-    plan |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
-    if recipe.distils_after("calibration"):
-        plan["distil"] = 8.0
-    if recipe.rounding.needs == "reconstruction":
-        plan["round"] = 5.0
-    elif recipe.rounding.needs == "moments":
-        plan["round"] = 0.5
-    if recipe.distils_after("rounding"):
-        plan["distil"] = 8.0
-    if recipe.quantization.bias_correction:
-        plan["correct biases"] = 0.5
-    if recipe.quantization.batch_norm_adaptation:
-        plan["adapt batch norms"] = 0.5
-    return plan | {"evaluate": 2.0}
 
 
 def write_images(images: Images, teacher: Teacher, path: Path, *, limit: int | None) -> None:

@@ -86,6 +86,28 @@ def synthesizes(recipe: Recipe) -> bool:
     return recipe.images > 0 or recipe.held_out > 0
 
 
+def plan(recipe: Recipe, *, labelled: bool) -> dict[str, float]:
+    """The stages that take time, with relative costs as seen on small networks."""
+    found = {"synthesize": 6.0} if synthesizes(recipe) or (recipe.estimate_images and not labelled) else {}
+    if synthesizes(recipe) and isinstance(recipe.synthesis, Streaming):
+        found["refine"] = 5.0
+    found |= {"sensitivity": 0.5} if recipe.mixed_precision.chooses else {}
+    found |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
+    if recipe.distils_after("calibration"):
+        found["distil"] = 8.0
+    if recipe.rounding.needs == "reconstruction":
+        found["round"] = 5.0
+    elif recipe.rounding.needs == "moments":
+        found["round"] = 0.5
+    if recipe.distils_after("rounding"):
+        found["distil"] = 8.0
+    if recipe.quantization.bias_correction:
+        found["correct biases"] = 0.5
+    if recipe.quantization.batch_norm_adaptation:
+        found["adapt batch norms"] = 0.5
+    return found | {"evaluate": 2.0}
+
+
 def method_name(recipe: Recipe) -> str:
     """The name of the recipe's synthesis method."""
     return name_of(recipe.synthesis)
