@@ -84,7 +84,7 @@ def test_halved_images_are_joined_to_whole_ones_where_activations_have_few_bits(
 
 def test_images_are_joined_as_the_user_wants_and_where_they_can_be():
     even, odd = sized(128, pooled()), sized(129, pooled())
-    real = Images(inputs=torch.zeros(1024, 3, 128, 128))
+    real = Images(inputs=torch.zeros(1).expand(1024, 3, 128, 128))
     for network, wanted, calibration, scale, mosaic in (
         (even, {"mosaic": False}, None, 0.5, False),
         (even, bits(4, 8) | {"mosaic": True}, None, 0.5, True),

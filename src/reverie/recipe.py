@@ -132,7 +132,7 @@ class Recipe:
             )
         if self.mosaic and (self.tiles == 1 or not math.isclose(self.tiles * self.image_scale, 1, abs_tol=5e-3)):
             raise ConfigError(
-                f"mosaic must be false with image_scale = {self.image_scale:g}, which is no half, third or other 1/n, got true; use "
+                f"mosaic must be false with image_scale = {self.image_scale:g}, which is not 1/n of a whole n above 1, got true; use "
                 "--set image_scale=0.5, or --set mosaic=false"
             )
         if self.mosaic and self.distillation.class_weight:
