@@ -65,9 +65,39 @@ def test_of_large_images_more_are_made_in_half_the_size_and_no_class_is_asked_fo
     assert (recipe.images, recipe.image_scale, recipe.synthesis.steps) == (256, 0.5, 100)
     assert choice.name == "qdrop" and recipe.distillation.steps == 0
     assert recipe.synthesis.class_weight == 0
-    assert choice.reasons[-1] == (
-        "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
-    )
+    assert MADE in choice.reasons
+
+
+MADE = "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
+JOINED = "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have"
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "joined", "batch"), [(4, 4, True, 12), (8, 7, True, 12), (2, 8, False, 32), (4, 8, False, 32)]
+)
+def test_halved_images_are_joined_to_whole_ones_where_activations_have_few_bits(weights, activations, joined, batch):
+    choice = choose(sized(128, pooled()), bits(weights, activations))
+    recipe = choice.recipe()
+    assert (recipe.image_scale, recipe.mosaic, recipe.reconstruction.batch) == (0.5, joined, batch)
+    assert choice.reasons[-2:] == (MADE, JOINED) if joined else choice.reasons[-1] == MADE
+
+
+def test_images_are_joined_as_the_user_wants_and_where_they_can_be():
+    even, odd = sized(128, pooled()), sized(129, pooled())
+    real = Images(inputs=torch.zeros(1).expand(1024, 3, 128, 128))
+    for network, wanted, calibration, scale, mosaic in (
+        (even, {"mosaic": False}, None, 0.5, False),
+        (even, bits(4, 8) | {"mosaic": True}, None, 0.5, True),
+        (even, {"image_scale": 1.0}, None, 1.0, False),
+        (even, {}, real, 0.5, False),
+        (odd, {}, None, 0.5, False),
+    ):
+        settings = bits(4, 4) | wanted
+        choice = choose(network, settings, calibration=calibration)
+        recipe = choice.recipe(settings)
+        assert (recipe.image_scale, recipe.mosaic) == (scale, mosaic)
+        assert (JOINED in choice.reasons) == mosaic
+        assert recipe.reconstruction.batch == (12 if mosaic and choice.preset == "qdrop" else 32)
 
 
 def test_images_keep_their_size_where_they_are_small_or_the_network_takes_no_other(tiny_cnn):

@@ -14,7 +14,10 @@ Bits are the caller's: `best` gives every weight the same unless `effective_bits
 depthwise layers (MobileNetV2 W4A8 loses 1.9 points so, and 4.9 with 4 bits everywhere).
 
 Images: 50 steps from natural noise are worth more than 200 from white noise; the class term harms rounding (ResNet-20, MobileNetV2). Of
-large images, 256 of half the side are worth more than 64 whole ones, and a step costs as much (MobileNetV2).
+large images, 256 of half the side are worth more than 64 whole ones, and a step costs as much (MobileNetV2). Where activations
+have fewer than 8 bits the student learns from these joined 2 x 2 to 128 mosaics, each twice, 12 a step in place of 32: ranges and codes
+are else fitted to borders that whole images do not have (MobileNetV2 W4A4, KL and agreement on photographs: 0.840, 64.5 % from small
+images, 0.663, 71.5 % from mosaics). Not with 8 bits, where small images are as good.
 
 Ranges of 2-bit activations are those of the smallest error, of 3 to 7 bits those of 99.9 % of values; they are learned three times
 as fast at 2 bits and above 64 px.
@@ -48,6 +51,8 @@ _ENOUGH_REAL = 1024
 _LEAST_SHARE = 0.5
 # The longer side, in pixels, up to which images are cheap, and from which on smaller ones are made.
 _SMALL, _LARGE = 64, 128
+# Mosaics for a step of reconstruction, each of which costs what four images of half the side do.
+_MOSAIC_BATCH = 12
 # The pass of the whole network behind the blocks; changed images keep it from learning those it has by heart.
 _DISTILLATION = {
     "distillation.after": "rounding",
@@ -114,7 +119,9 @@ def choose(
     asked = read("zeroq", {key: value for key, value in wanted.items() if key.startswith(_BITS)})
     teacher = as_teacher(network, device) if minutes is not None or _side(network) >= _LARGE else None
     halved = teacher is not None and _halves(teacher, wanted)
-    found = _candidates(*_fewest_bits(asked), network, halved, 0 if calibration is None else len(calibration))
+    weights, activations = _fewest_bits(asked)
+    joined = halved and _joins(network, activations, wanted)
+    found = _candidates(weights, activations, network, halved, joined, 0 if calibration is None else len(calibration))
     advice = _advice(asked, network)
     candidates = [
         replace(choice, settings={**choice.settings, **_own_bits(asked)}, reasons=(*choice.reasons, *advice))
@@ -182,9 +189,9 @@ def _own_bits(recipe: Recipe) -> dict[str, int]:
     return weights | ({} if mixed.chooses_activations else {"quantization.activation_bits": settings.activation_bits})
 
 
-def _candidates(weights: int, activations: int, network: Network, halved: bool, real: int) -> list[Choice]:
+def _candidates(weights: int, activations: int, network: Network, halved: bool, joined: bool, real: int) -> list[Choice]:
     """Better ones first."""
-    images, why = _images(network, halved, real)
+    images, why = _images(network, halved, joined, real)
     if weights == activations == 8:
         return [
             Choice(
@@ -205,6 +212,8 @@ def _candidates(weights: int, activations: int, network: Network, halved: bool, 
     if activations == 8:
         blocks |= {"activations.percentile": 99.99, "reconstruction.drop": 0.0}
     blocks["reconstruction.range_rate"] = 1e-2 if coarse or _side(network) > _SMALL else 3e-3
+    if "mosaic" in images:
+        blocks["reconstruction.batch"] = _MOSAIC_BATCH
     named = f"W{weights}A{activations}"
     dropped = ", half of all values unquantized" if activations < 8 else ""
     learned = f"qdrop: at {named} codes and ranges are learned together, block by block{dropped}"
@@ -248,12 +257,19 @@ def _halves(teacher: Teacher, wanted: Mapping[str, Any]) -> bool:
     return max(teacher.input.shape[1:]) >= _LARGE and takes(replace(teacher, input=teacher.input.scaled(0.5)))
 
 
+def _joins(network: Network, activations: int, wanted: Mapping[str, Any]) -> bool:
+    """Whether images of half the side are to be joined to whole ones: bits are few and the sides even, unless the user says."""
+    if "mosaic" in wanted:
+        return bool(wanted["mosaic"])
+    return activations < MAX_BITS and network.input.height % 2 == 0 and network.input.width % 2 == 0
+
+
 def _bits(weights: int, activations: int) -> dict[str, Any]:
     """Recipes come with bits of their own."""
     return {"quantization.weight_bits": weights, "quantization.activation_bits": activations}
 
 
-def _images(network: Network, halved: bool, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _images(network: Network, halved: bool, joined: bool, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """How many images of which kind and size, and why."""
     settings: dict[str, Any] = {"image_scale": 0.5} if halved else {}
     half = network.input.scaled(0.5)
@@ -283,4 +299,11 @@ def _images(network: Network, halved: bool, real: int) -> tuple[dict[str, Any], 
     }
     beside = f", beside {real} real ones" if real else ""
     more = ", four of which cost what a whole one does" if halved else ""
-    return settings, (f"images: {count}{size} by zeroq in {steps} steps from natural noise, no class asked for{more}{beside}",)
+    made = f"images: {count}{size} by zeroq in {steps} steps from natural noise, no class asked for{more}{beside}"
+    if not joined:
+        return settings, (made,)
+    settings["mosaic"] = True
+    return settings, (
+        made,
+        "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have",
+    )

@@ -49,7 +49,7 @@ from reverie.recovery.clipping import excite
 from reverie.recovery.distillation import distil
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights
-from reverie.stages import composition, learning_view, student_of, synthesizes
+from reverie.stages import composition, student_of, synthesizes, views
 from reverie.synthesis import Streaming, Teacher, batches, even_batches
 
 # Steps of a trial: until caches and memory are warm, and those that are timed.
@@ -155,10 +155,10 @@ def fit(recipe: Recipe, teacher: Teacher, real: Images | None, minutes: float, *
 
 def step_costs(recipe: Recipe, teacher: Teacher, real: Images | None, *, progress: Progress) -> dict[str, float]:
     """Seconds that one step more would cost in each stage that learns, by the keys of `learning_steps`."""
-    share = recipe.share_of_real(recipe.images, 0 if real is None else len(real))
-    learning = learning_view(recipe, teacher)
+    share = recipe.share_of_real(recipe.learned_images, 0 if real is None else len(real))
+    small, learning = views(recipe, teacher)
     trials: dict[str, Callable[[], float]] = {
-        "synthesis.steps": lambda: _synthesis(recipe, teacher, learning),
+        "synthesis.steps": lambda: _synthesis(recipe, teacher, small),
         "synthesis.refine_steps": lambda: _refinement(recipe, teacher),
         "clipping.steps": lambda: _clipping(recipe, teacher),
         "distillation.steps": lambda: _distillation(recipe, learning, share),
@@ -213,13 +213,13 @@ def _long_enough(steps: int) -> int:
     return max(steps, _TRIAL)
 
 
-def _synthesis(recipe: Recipe, teacher: Teacher, learning: Teacher) -> float:
+def _synthesis(recipe: Recipe, teacher: Teacher, small: Teacher) -> float:
     own: Any = recipe.synthesis
     method = replace(own, steps=_long_enough(own.steps))
     if isinstance(method, Streaming):
         return _timed(teacher.device, partial(method.stream, teacher, seed=_SEED, checkpoints=Forgetful()))
     seconds = 0.0
-    for seen, count in ((learning, recipe.images), (teacher, recipe.held_out)):
+    for seen, count in ((small, recipe.images), (teacher, recipe.held_out)):
         for size, number in _batches(method.batch, count):
             seconds += number * _timed(seen.device, partial(method, seen, size, seed=_SEED, checkpoints=Forgetful()))
     return seconds

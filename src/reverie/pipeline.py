@@ -49,13 +49,14 @@ from reverie.stages import (
     check_units,
     decide_bits,
     estimating,
-    learning_view,
+    learned_from,
     method_name,
     plan,
     share_weights,
     source_of,
     student_of,
     synthesize,
+    views,
     with_capsule,
 )
 from reverie.synthesis import Teacher
@@ -130,7 +131,7 @@ def run(
         with _timed(directory, "capture"):
             with _free_if_refused(directory):
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
-                learning = learning_view(recipe, teacher)
+                small, learning = views(recipe, teacher)
                 check_bits(recipe, teacher)
                 check_units(recipe, teacher)
             if teacher.capsule is not None:
@@ -138,14 +139,15 @@ def run(
         if budget is not None:
             recipe = _within(budget, recipe, teacher, calibration, directory, progress)
         with _timed(directory, "synthesize"):
-            images = _images(recipe, learning, directory, "images", recipe.images, progress)
+            images = _images(recipe, small, directory, "images", recipe.images, progress)
             held_out = _images(recipe, teacher, directory, "held-out", recipe.held_out, progress)
             foreign = None
             if teacher.batch_norms and not labelled:
                 foreign = _images(estimating(recipe), teacher, directory, "estimate", recipe.estimate_images, progress)
             if images is not None:
-                write_images(images, learning, directory.path, limit=32)
-        parts = {method_name(recipe): images, "real": _answered(calibration, learning)}
+                write_images(images, small, directory.path, limit=32)
+            shown = None if images is None else learned_from(recipe, teacher, images)
+        parts = {method_name(recipe): shown, "real": _answered(calibration, learning)}
         used = {name: part for name, part in parts.items() if part is not None}
         everything = Images.concatenate(list(used.values()))
 
@@ -177,7 +179,10 @@ def run(
             if unproven is not None:
                 unproven.replace(directory.path / "network.onnx")
             real = evaluation if evaluation is not None and len(evaluation) else calibration
-            about = gallery.about(used, learning, real, directory.path / "plots")
+            made = {} if images is None else {method_name(recipe): images}
+            about = gallery.about(used | made, small, real, directory.path / "plots")
+            if recipe.mosaic:
+                about["mosaics"] = {name: len(used[name]) for name in made}
         metrics = {
             **_facts(network),
             "quantization": asdict(recipe.quantization),
@@ -218,12 +223,12 @@ def run_synthesis(
             return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
         with _timed(directory, "capture"), _free_if_refused(directory):
             teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
-            learning = learning_view(recipe, teacher)
+            small, _ = views(recipe, teacher)
         with _timed(directory, "synthesize"):
-            images = _images(recipe, learning, directory, "images", recipe.images, progress)
+            images = _images(recipe, small, directory, "images", recipe.images, progress)
             assert images is not None
-            write_images(images, learning, directory.path, limit=None)
-        about = gallery.about({method_name(recipe): images}, learning, calibration, directory.path / "plots")
+            write_images(images, small, directory.path, limit=None)
+        about = gallery.about({method_name(recipe): images}, small, calibration, directory.path / "plots")
         metrics = {**_facts(network), "images": about, **_cost(directory, device)}
         atomic_json(directory.path / "metrics.json", metrics)
         directory.complete()

@@ -28,6 +28,7 @@ from reverie.errors import ConfigError, at, check_range, unknown
 from reverie.export import Exporter
 from reverie.graph.placement import Bits, PlacementKind
 from reverie.grid import MAX_BITS, MIN_BITS
+from reverie.images.mosaic import mosaic_count
 from reverie.observers import Observer
 from reverie.observers.mse import Mse
 from reverie.observers.percentile import Percentile
@@ -88,6 +89,8 @@ class Recipe:
         images: Synthetic images; 0 means only the real ones given.
         image_scale: Their height and width, in shares of what the network expects, up to 1. A network that takes any size learns as
             much from images of half the side, four of which cost what one does; real images beside them are scaled down, too.
+        mosaic: With an `image_scale` of 1/n, whether the student learns from the synthetic images joined n x n to whole ones, each of
+            them twice, and from real images whole; few bits of activations are else fitted to borders that whole images do not have.
         calibration_images: At most so many of the synthetic and of the real images, evenly from all, decide ranges, adaptation, rounding and
             bias correction, which hold in memory what the network computes of them; distillation sees all.
         held_out: Synthetic images, from another seed, on which agreement is measured.
@@ -103,6 +106,7 @@ class Recipe:
     seed: int = 0
     images: int = 64
     image_scale: float = 1.0
+    mosaic: bool = False
     calibration_images: int = 256
     held_out: int = 32
     estimate_images: int = 32
@@ -126,11 +130,31 @@ class Recipe:
             raise ConfigError(
                 f"estimate_images must be at least {_LEAST_TO_ESTIMATE_ON}, or 0, got {self.estimate_images}; fewer do not tell how much they differ"
             )
+        if self.mosaic and (self.tiles == 1 or not math.isclose(self.tiles * self.image_scale, 1, abs_tol=5e-3)):
+            raise ConfigError(
+                f"mosaic must be false with image_scale = {self.image_scale:g}, which is not 1/n of a whole n above 1, got true; use "
+                "--set image_scale=0.5, or --set mosaic=false"
+            )
+        if self.mosaic and self.distillation.class_weight:
+            raise ConfigError(
+                f"distillation.class_weight must be 0 with mosaic, got {self.distillation.class_weight:g}; an image joined of several "
+                "has no one label: use --set mosaic=false"
+            )
         if 0.9 < self.real_share < 1:
             raise ConfigError(
                 f"real_share must be at most 0.9, or 1, got {self.real_share}; beside a fixed number of synthetic images a batch "
                 "would grow without bound"
             )
+
+    @property
+    def tiles(self) -> int:
+        """How many synthetic images are side by side in what the student learns from; 1 where they are not joined."""
+        return round(1 / self.image_scale) if self.mosaic else 1
+
+    @property
+    def learned_images(self) -> int:
+        """How many images the student learns from that are synthetic, or joined of synthetic ones."""
+        return mosaic_count(self.images, self.tiles) if self.mosaic else self.images
 
     def share_of_real(self, synthetic: int, real: int) -> float:
         """The share of real images in a batch of distillation, where there are `synthetic` and `real` images in all."""

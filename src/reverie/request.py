@@ -46,6 +46,12 @@ def check(
             f"image_scale must be 1 with {method_name(recipe)}, whose generator makes all sets of images, got "
             f"{recipe.image_scale:g}; use --set image_scale=1"
         )
+    whole, small = network.input, network.input.scaled(recipe.image_scale)
+    if recipe.mosaic and (small.height * recipe.tiles, small.width * recipe.tiles) != (whole.height, whole.width):
+        raise ConfigError(
+            f"mosaic must be false for {network.name}, whose images of {whole.height} x {whole.width} are not {recipe.tiles} x "
+            f"{recipe.tiles} of {small.height} x {small.width}, got true; use --set mosaic=false"
+        )
     if recipe.mixed_precision.chooses:
         require_solver()
     if reads_capsule(recipe) and not (calibrated or capsule):

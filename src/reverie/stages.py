@@ -21,6 +21,7 @@ from reverie.graph.sums import separate_sums
 from reverie.graph.units import find_units
 from reverie.images import Images
 from reverie.images.augment import Augmentation
+from reverie.images.mosaic import join
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
 from reverie.models import Network
 from reverie.plugins import name_of
@@ -52,14 +53,17 @@ def as_teacher(network: Network, device: str = "cpu") -> Teacher:
     return Teacher(graph, network.input, network.classes, network.name, network.fingerprint)
 
 
-def learning_view(recipe: Recipe, teacher: Teacher) -> Teacher:
-    """The teacher as it sees the images that the student learns from, which may be smaller than those it was made for.
+def views(recipe: Recipe, teacher: Teacher) -> tuple[Teacher, Teacher]:
+    """The teacher as it sees the synthetic images, and as it sees what the student learns from.
+
+    Both may be smaller than what it was made for; mosaics of such images are not.
 
     Raises:
         ConfigError: It does not take that size.
     """
-    if recipe.image_scale == 1:
-        return teacher
+    # Without images to join there are no small ones: real ones beside mosaics are whole.
+    if recipe.image_scale == 1 or (recipe.mosaic and not recipe.images):
+        return teacher, teacher
     small = replace(teacher, input=teacher.input.scaled(recipe.image_scale))
     if not takes(small):
         _, height, width = small.input.shape
@@ -67,7 +71,7 @@ def learning_view(recipe: Recipe, teacher: Teacher) -> Teacher:
             f"image_scale must be 1 for {teacher.name}, which does not take images of {height} x {width}, got "
             f"{recipe.image_scale:g}; use --set image_scale=1"
         )
-    return small
+    return small, teacher if recipe.mosaic else small
 
 
 @torch.no_grad()
@@ -154,6 +158,19 @@ def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, folder: 
         sources=images.sources,
         provenance=provenance,
     )
+
+
+def learned_from(recipe: Recipe, teacher: Teacher, images: Images, *places: str) -> Images:
+    """What the student learns from: the synthetic images, or mosaics of them with the teacher's answers.
+
+    Args:
+        teacher: As it sees whole images.
+        places: Where else than in a run mosaics are drawn.
+    """
+    if not recipe.mosaic:
+        return images
+    mosaics = join(images, recipe.tiles, Seed(recipe.seed, (*places, "mosaic")))
+    return replace(mosaics, logits=teacher.logits(mosaics.inputs))
 
 
 def estimating(recipe: Recipe) -> Recipe:

@@ -104,7 +104,7 @@ def diagnose(
         stages.check_device(device)
     real = None if calibration is None else _read(calibration, loaded)
     teacher = stages.as_teacher(loaded, device)
-    learning = stages.learning_view(resolved, teacher)
+    small, learning = stages.views(resolved, teacher)
     if real is None and (run is None or fix):
         _check_synthesis(resolved, teacher, whole=run is None)
     if run is None:
@@ -114,12 +114,15 @@ def diagnose(
         say(f"recipe {name}{why}")
         if remedies.learns(resolved):
             say("the student is calibrated only: bias correction stands in for what the recipe learns")
+    more_images = False
     if real is not None:
         seen, held_out = _halves(real) if fix else (real, None)
         seen = seen.resized(*learning.input.shape[1:])
     else:
         held_out = None
-        seen = load_images(run / "images.safetensors") if run else _dreamt(resolved, learning, images, progress)
+        made = load_images(run / "images.safetensors") if run else _dreamt(resolved, small, images, progress)
+        more_images = len(made) == resolved.images
+        seen = stages.learned_from(resolved, teacher, made)
     if run is not None:
         bits = stored_bits(packed)
         reference, student = stages.student_of(teacher.graph, resolved.quantization, bits)
@@ -143,9 +146,11 @@ def diagnose(
             teacher,
             seen,
             held_out.inputs,
-            remedies.remedies(resolved, teacher, errors, findings, more_images=real is None and len(seen) == resolved.images),
+            remedies.remedies(resolved, teacher, errors, findings, more_images=more_images),
             bits=bits,
-            more=lambda count: remedies.dream(resolved, learning, count, "more", progress),
+            more=lambda count: stages.learned_from(
+                resolved, teacher, remedies.dream(resolved, small, count, "more", progress), "diagnose", "more"
+            ),
             progress=progress,
         )
         command = _write(found, file, loaded, run)

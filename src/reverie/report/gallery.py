@@ -16,10 +16,13 @@ def about(used: dict[str, Images], teacher: Teacher, real: Images | None, folder
     """What is known of the images that were used; with plots in `folder` where matplotlib is there.
 
     Args:
-        used: The sets by name, in the size of the teacher's contract.
-        real: Images to compare the others with, if there are any; in whatever size, they are looked at in the others'.
+        used: The sets by name.
+        teacher: All sets are looked at in the size of its contract, whatever their own.
+        real: Images to compare the others with, if there are any.
         folder: Made if it is not there; its parent must be.
     """
+    size = teacher.input.shape[1:]
+    used = {name: part.resized(*size) for name, part in used.items()}
     everything = Images.concatenate(list(used.values()))
     found: dict[str, Any] = {
         "count": len(everything),
@@ -29,7 +32,6 @@ def about(used: dict[str, Images], teacher: Teacher, real: Images | None, folder
     if teacher.capsule is not None:
         capsule = teacher.capsule
         found["capsule"] = {"classes": capsule.classes, "missing": capsule.missing, "misclassified": capsule.wrong}
-    size = teacher.input.shape[1:]
     sets = used if real is None else used | {"real": real.evenly(_COMPARED).resized(*size)}
     found["separation"] = separation.describe(teacher, sets)
     if plots.available():

@@ -117,12 +117,14 @@ def estimate_text(estimate: dict[str, Any]) -> str:
 
 
 def learning_notes(metrics: dict[str, Any]) -> list[str]:
-    """Likewise on what was chosen, images that were left out, classes that the capsule does not tell, and what distillation saw; where
+    """Likewise on what was chosen, images that were joined or left out, classes that the capsule does not tell, and what distillation saw; where
     there is any."""
     capsule, distillation = metrics["images"].get("capsule"), metrics.get("distillation")
     lines = [f"best: {reason}" for reason in metrics.get("choice", [])]
+    made, mosaics = metrics["images"]["source"], metrics["images"].get("mosaics", {})
+    lines += [f"mosaics: {made[kind]} {kind} joined to {count} whole images" for kind, count in mosaics.items()]
     fewer = metrics.get("calibration", {})
-    if any(count < metrics["images"]["source"][kind] for kind, count in fewer.items()):
+    if any(count < (made | mosaics)[kind] for kind, count in fewer.items()):
         used = ", ".join(f"{count} {kind}" for kind, count in fewer.items())
         lines.append(f"ranges and rounding: decided on {used} of them")
     if capsule is not None and (capsule["missing"] or capsule["misclassified"]):
