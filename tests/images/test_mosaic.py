@@ -214,7 +214,18 @@ def test_diagnosis_looks_at_mosaics_and_makes_more_of_them(tmp_path, monkeypatch
     monkeypatch.setattr(remedies, "treat", spy)
     monkeypatch.setattr(stages, "learned_from", joins)
     monkeypatch.chdir(tmp_path)
-    small = ["--set", "image_scale=0.5", "--set", "mosaic=true", "--images", "16", "--set", "synthesis.steps=2"]
+    small = [
+        "--set",
+        "image_scale=0.5",
+        "--set",
+        "mosaic=true",
+        "--set",
+        "images=16",
+        "--images",
+        "16",
+        "--set",
+        "synthesis.steps=2",
+    ]
     found = main(["diagnose", "embedded:digits", "--recipe", "zeroq", "--weight-bits", "3", "--fix", "--json", *small])
     assert found == 0
     assert (seen["images"], seen["more"]) == ((8, 1, 32, 32), (2, 1, 32, 32))
