@@ -121,10 +121,10 @@ def learning_notes(metrics: dict[str, Any]) -> list[str]:
     there is any."""
     capsule, distillation = metrics["images"].get("capsule"), metrics.get("distillation")
     lines = [f"best: {reason}" for reason in metrics.get("choice", [])]
-    made, mosaics = metrics["images"]["source"], metrics["images"].get("mosaics", {})
-    lines += [f"mosaics: {made[kind]} {kind} joined to {count} whole images" for kind, count in mosaics.items()]
+    images, mosaics = metrics["images"], metrics["images"].get("mosaics", {})
+    lines += [f"mosaics: {images['source'][kind]} {kind} joined to {count} whole images" for kind, count in mosaics.items()]
     fewer = metrics.get("calibration", {})
-    if any(count < (made | mosaics)[kind] for kind, count in fewer.items()):
+    if any(count < (images["source"] | mosaics)[kind] for kind, count in fewer.items()):
         used = ", ".join(f"{count} {kind}" for kind, count in fewer.items())
         lines.append(f"ranges and rounding: decided on {used} of them")
     if capsule is not None and (capsule["missing"] or capsule["misclassified"]):
