@@ -25,7 +25,7 @@ from reverie.export._packed import write_packed
 from reverie.graph.placement import Student
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.images import Images
-from reverie.images.store import contact_sheet, load_images, save_images, save_pngs
+from reverie.images.store import load_images, save_images, show_images
 from reverie.models import Network
 from reverie.progress import Progress, Silent
 from reverie.randomness import Seed
@@ -145,7 +145,7 @@ def run(
             if teacher.batch_norms and not labelled:
                 foreign = _images(estimating(recipe), teacher, directory, "estimate", recipe.estimate_images, progress)
             if images is not None:
-                write_images(images, small, directory.path, limit=32)
+                show_images(images, small.input, directory.path, limit=32)
             shown = None if images is None else learned_from(recipe, teacher, images)
         parts = {method_name(recipe): shown, "real": _answered(calibration, learning)}
         used = {name: part for name, part in parts.items() if part is not None}
@@ -227,7 +227,7 @@ def run_synthesis(
         with _timed(directory, "synthesize"):
             images = _images(recipe, small, directory, "images", recipe.images, progress)
             assert images is not None
-            write_images(images, small, directory.path, limit=None)
+            show_images(images, small.input, directory.path, limit=None)
         about = gallery.about({method_name(recipe): images}, small, calibration, directory.path / "plots")
         metrics = {**_facts(network), "images": about, **_cost(directory, device)}
         atomic_json(directory.path / "metrics.json", metrics)
@@ -268,13 +268,6 @@ def _free_if_refused(directory: RunDirectory) -> Iterator[None]:
         for name in ("run.json", "recipe.toml", "capsule.safetensors"):
             (directory.path / name).unlink(missing_ok=True)
         raise
-
-
-def write_images(images: Images, teacher: Teacher, path: Path, *, limit: int | None) -> None:
-    """The first `limit` images (None: all) as PNG and a contact sheet of the first 64, in the folder `images` below `path`."""
-    (path / "images").mkdir(exist_ok=True)
-    save_pngs(images, teacher.input, path / "images", limit=limit)
-    contact_sheet(images, teacher.input, path / "images" / "contact_sheet.png", columns=8, limit=64)
 
 
 def quantize(

@@ -94,6 +94,14 @@ def contact_sheet(images: Images, contract: InputContract, path: Path, columns: 
     atomic_write(path, _png(sheet))
 
 
+def show_images(images: Images, contract: InputContract, folder: Path, *, limit: int | None) -> None:
+    """The first `limit` images (None: all) as PNG and a contact sheet of the first 64, in the folder `images` below `folder`."""
+    pictures = folder / "images"
+    pictures.mkdir(exist_ok=True)
+    save_pngs(images, contract, pictures, limit=limit)
+    contact_sheet(images, contract, pictures / "contact_sheet.png")
+
+
 def _pictures(images: Images, contract: InputContract, limit: int | None) -> list[UInt8[np.ndarray, "height width *rgb"]]:
     """The first images as the eye sees them: in colour, or grey from the first channel when there are not three."""
     pixels = contract.denormalize(images.inputs[:limit].detach().cpu()).clamp(0, 1)

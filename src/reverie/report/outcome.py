@@ -119,9 +119,9 @@ def estimate_text(estimate: dict[str, Any]) -> str:
 def learning_notes(metrics: dict[str, Any]) -> list[str]:
     """Likewise on what was chosen, images that were joined or left out, classes that the capsule does not tell, and what distillation saw; where
     there is any."""
-    capsule, distillation = metrics["images"].get("capsule"), metrics.get("distillation")
+    images, distillation = metrics["images"], metrics.get("distillation")
+    capsule, mosaics = images.get("capsule"), images.get("mosaics", {})
     lines = [f"best: {reason}" for reason in metrics.get("choice", [])]
-    images, mosaics = metrics["images"], metrics["images"].get("mosaics", {})
     lines += [f"mosaics: {images['source'][kind]} {kind} joined to {count} whole images" for kind, count in mosaics.items()]
     fewer = metrics.get("calibration", {})
     if any(count < (images["source"] | mosaics)[kind] for kind, count in fewer.items()):
