@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from reverie import models
+from reverie.checkpoints import Forgetful
 from reverie.graph.integer import as_integers
 from reverie.images import Images
 from reverie.images.folder import read_folder
@@ -144,8 +145,7 @@ def made(recipe: Recipe, teacher: Teacher, kept: dict[str, Images], name: str, c
     """Images by the recipe's method, of which settings that differ in nothing else share one set."""
     key = f"{name} {count} {recipe.synthesis}"
     if key not in kept:
-        with tempfile.TemporaryDirectory() as folder:
-            kept[key] = synthesize(recipe, teacher, count, name, Path(folder), Silent())
+        kept[key] = synthesize(recipe, teacher, count, name, Forgetful(), Silent())
     return kept[key]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from reverie import models
 from reverie.images.folder import read_folder
 from reverie.images.store import load_images
-from reverie.report import plots, separation
+from reverie.report import features, plots, separation
 from reverie.stages import as_teacher
 
 
@@ -32,8 +32,8 @@ def main() -> None:
     if options.real is not None:
         sets["real"] = read_folder(options.real, network.input, network.classes, require_labels=False)
     options.output.mkdir(parents=True, exist_ok=True)
-    plots.feature_plane(options.output / "features.png", teacher, sets)
-    plots.deviation_histograms(options.output / "deviations.png", teacher, sets)
+    plots.feature_plane(options.output / "features.png", features.plane(teacher, sets), teacher.classes)
+    plots.deviation_histograms(options.output / "deviations.png", features.deviations(teacher, sets))
     measured = separation.describe(teacher, sets)
     names = [name.replace("_", " ") for name in separation.MEASURES]
     print(f"| images | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")

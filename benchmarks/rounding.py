@@ -90,7 +90,7 @@ def images_of(network: Network, seed: int) -> Images:
     if not file.is_file():
         BUILD.mkdir(parents=True, exist_ok=True)
         recipe = recipe_of(4, 8, "gptq", seed)
-        save_images(synthesize(recipe, as_teacher(network), recipe.images, "images", BUILD / f"parts-{seed}", Silent()), file)
+        save_images(synthesize(recipe, as_teacher(network), recipe.images, "images", Forgetful(), Silent()), file)
     return load_images(file)
 
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from reverie.images import Images
 from reverie.models import InputContract, Network
 
-# Steady when the machine is busy, and the same sums in the same order everywhere.
+# Steady when the machine is busy, and the same sums in the same order everywhere, in the processes that tests start too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY_INPUT = InputContract(channels=3, height=16, width=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 TINY_CLASSES = 3

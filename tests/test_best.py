@@ -1,6 +1,7 @@
 """What `best` chooses, why, and that it says so."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -263,9 +264,9 @@ def test_what_is_wrong_is_refused_and_not_taken_for_too_few_minutes(tiny_cnn, wa
 
 def test_a_run_goes_on_with_what_was_chosen_for_it(tmp_path):
     assert best.chosen_in(tmp_path) is None
-    (tmp_path / "run.json").write_text(
-        '{"reverie": "1", "facts": {"choice": {"preset": "qdrop", "settings": {"images": 5}, "reasons": ["because"]}}}'
-    )
+    record = {"reverie": "1", "identity": {}, "versions": {}, "earlier_versions": [], "stages": {}, "complete": False}
+    noted = {"preset": "qdrop", "settings": {"images": 5}, "reasons": ["because"]}
+    (tmp_path / "run.json").write_text(json.dumps(record | {"facts": {"choice": noted}}))
     assert best.chosen_in(tmp_path) == Choice("qdrop", {"images": 5}, ("because",))
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from reverie import export, observers, plugins, rounding, synthesis
+from reverie import export, formats, loggers, observers, plugins, rounding, runtimes, synthesis
 from reverie.errors import ConfigError
 
-PACKAGES = [export, observers, rounding, synthesis]
+PACKAGES = [export, formats, loggers, observers, rounding, runtimes, synthesis]
 METHODS = [(package, name) for package in PACKAGES for name in plugins.names(package)]
 
 
@@ -65,7 +65,7 @@ def test_the_map_in_the_architecture_page_is_the_real_one():
     source = Path(export.__path__[0]).parent
     real = {path.name + "/" * path.is_dir() for path in source.iterdir() if not path.name.startswith(("_", "py.typed"))}
     assert {name for name in rooms if name.endswith(("/", ".py"))} | {"recipes/"} == real
-    for package in (export, observers, rounding, synthesis):
+    for package in PACKAGES:
         line = rooms[package.__name__.rpartition(".")[2] + "/"]
         listed = line.partition("plug-ins: ")[2].partition(";")[0].split(", ")
         assert sorted(listed) == plugins.names(package)

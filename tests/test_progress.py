@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from reverie.progress import Bars, JsonLines, Lines, Progress, Silent, choose, duration_text
+from reverie.progress import JsonLines, Lines, Progress, Silent, choose, duration_text
+from reverie.progress._bars import Bars
 
 
 class Clock:
@@ -167,11 +168,14 @@ def test_bars_show_stage_and_outcome_on_standard_error(capsys, clock):
     for name in ("synthesize", "quantize"):
         with bars.stage(name, 2) as step:
             clock.now += 61
-            step(2)
+            step(1, note="loss 0.4")
+            step()
     captured = capsys.readouterr()
     assert captured.out == ""
-    for text in ("synthesize", "quantize", "100%", "1 min 1 s"):
-        assert text in captured.err
+    assert captured.err.splitlines() == [
+        "synthesize        2 steps, in 1 min 1 s, loss 0.4",
+        "quantize          2 steps, in 1 min 1 s, loss 0.4",
+    ]
 
 
 @pytest.mark.parametrize("total", [0, 3])

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from reverie import pipeline
 from reverie.checkpoints import Folder
@@ -22,6 +23,7 @@ from reverie.pipeline import run, run_synthesis
 from reverie.recipe import presets, read
 from reverie.recovery.ranges import calibrate_activations
 from reverie.report import outcome
+from reverie.request import check
 from reverie.stages import as_teacher
 from reverie.synthesis._capsule import capsule_of, load_capsule
 
@@ -220,6 +222,23 @@ def test_a_capsule_that_the_method_does_not_read_is_refused(network, mixed, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_smaller_images_say_which_size_the_network_has(network, tmp_path):
+    done = run_synthesis(quick("zeroq", {"image_scale": 0.5}), network, output=tmp_path / "run")
+    images = load_images(done.path / "images.safetensors")
+    assert images.inputs.shape[2:] == (8, 8)
+    assert images.provenance["input_size"] == "16 x 16"
+
+
+def test_a_capsule_tells_a_folded_network_what_it_forgot_whatever_other_buffers_it_has(network):
+    layers = [layer for width in (3, 8, 8, 8) for layer in (nn.Conv2d(width, 8, 3, padding=1), nn.ReLU())]
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    module.register_buffer("scale", torch.ones(1))
+    folded = replace(network, module=module)
+    check(quick("gdfq"), folded, calibrated=False, device="cpu", capsule=True)
+    with pytest.raises(ConfigError, match="reads no capsule"):
+        check(quick("gdfq"), network, calibrated=False, device="cpu", capsule=True)
+
+
 def test_a_share_of_one_teaches_with_real_images_alone(network, real, tmp_path):
     done = run(quick("gdfq", ALONE | {"real_share": 1.0}), network, output=tmp_path / "run", calibration=real)
     assert done.metrics["images"]["source"] == {"gdfq": 16, "real": 12}
@@ -338,6 +357,9 @@ def kill_after(patch, part, times):
 
 def assert_kills_change_nothing(recipe, network, real, tmp_path, monkeypatch, kills):
     """That runs which are killed there, one after the other in one folder, end with the bytes of an undisturbed one."""
+    # Every part is kept, also those that took no second to make.
+    monkeypatch.setattr("reverie.attempt.SECONDS", 0.0)
+    monkeypatch.setattr("reverie.attempt.SHARE", 1.0)
     whole = run(recipe, network, output=tmp_path / "whole", calibration=real)
     output = tmp_path / "killed"
     for part, times in kills:
@@ -422,7 +444,9 @@ def test_batch_norms_are_adapted_in_both_placements(more, network, tmp_path):
     assert packed[0] != packed[1]
 
 
-def test_a_run_that_diverges_leaves_its_folder_to_go_on_in(network, tmp_path):
+def test_a_run_that_diverges_leaves_its_folder_to_go_on_in(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("reverie.attempt.SECONDS", 0.0)
+    monkeypatch.setattr("reverie.attempt.SHARE", 1.0)
     recipe, output = quick("gdfq", ALONE | {"distillation.learning_rate": 1e12}), tmp_path / "run"
     messages = []
     for _ in range(2):
@@ -456,7 +480,10 @@ def test_what_was_not_exported_is_not_spoken_of(network, tmp_path):
     shown = text_of(tmp_path / "run")
     assert "Full precision, simulated " in shown and "simulated, exported" not in shown
     assert "This is the literature's placement" in shown.replace("&#39;", "'")
-    assert shown.lower().count("exported") == 1 and "Nothing was exported, so nothing was timed." in shown
+    assert (
+        "exported" not in shown.lower()
+        and "Nothing was run in a real runtime, so the numbers are those of the simulation" in shown
+    )
 
 
 TINY = ["--images", "8", "--set", "held_out=4", "--set", "synthesis.steps=3", "--set", "synthesis.batch=8"]
@@ -484,18 +511,18 @@ def test_the_command_line_goes_from_images_to_a_capsule_to_a_network(capsys, dig
     shown = said(capsys, *command, "--calibration", digits, "--output", first)
     assert "capsule: 1 of 10 classes missing (7)" in shown
     assert "distillation: 2 steps, each on 8 fdda and 4 real images" in shown
-    assert "capsule.safetensors" in shown[-1] and "network.onnx" in shown[-1]
+    assert "capsule.safetensors" in shown[-2] and "network.onnx" in shown[-2]
     own = ["--capsule", first / "capsule.safetensors"]
     shown = said(capsys, *command, *own, "--placement", "literature", "--output", second)
     assert "capsule: 1 of 10 classes missing (7)" in shown
     assert "distillation: 2 steps, each on 8 fdda images" in shown
-    assert "network.safetensors" in shown[-1] and "network.onnx" not in shown[-1]
+    assert "network.safetensors" in shown[-2] and "network.onnx" not in shown[-2]
     metrics = json.loads((second / "metrics.json").read_text())
     assert metrics["quantization"]["placement"] == "literature" and metrics["exported"] == {"top1": None}
     inputs = [load_images(path / "images.safetensors").inputs for path in (first, second)]
     assert torch.equal(*inputs)
     shown = said(capsys, "synthesize", "embedded:digits", "--recipe", "fdda", *TINY, *own, "--output", tmp_path / "dreams")
-    assert [line.partition(":")[0] for line in shown] == ["images", "capsule", "seconds", "files"]
+    assert [line.partition(":")[0] for line in shown] == ["images", "capsule", "seconds", "files", "next"]
     # The method and its seed are the same, so are the images.
     assert torch.equal(load_images(tmp_path / "dreams/images.safetensors").inputs, inputs[0])
 
@@ -527,4 +554,13 @@ def test_the_command_line_refuses_a_capsule_of_another_network(capsys, network, 
     assert capsys.readouterr().err == (
         f"reverie: capsule: must be of embedded:digits with these very weights ({load('digits').fingerprint}), "
         f"got a capsule of others ({network.fingerprint}); make one with `reverie capsule`\n"
+    )
+
+
+def test_symmetric_activations_are_those_of_the_integer_placement():
+    with pytest.raises(ConfigError) as caught:
+        read("gdfq", {"quantization.placement": "literature", "quantization.symmetric": True})
+    assert str(caught.value) == (
+        "recipe gdfq: [quantization]: symmetric must be false with the literature placement, got true; it is for targets without "
+        "zero points: use --placement integer"
     )

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reverie.best import choose as choose_recipe
     from reverie.errors import ConfigError, DivergenceError, ExportError, ModelError, ReverieError
+    from reverie.formats import calibration
     from reverie.images import Images
+    from reverie.images.store import load_images, save_images
     from reverie.models import InputContract, Network
     from reverie.models import load as load_network
     from reverie.pipeline import Run, run
@@ -39,13 +41,16 @@ __all__ = [
     "ReverieError",
     "Run",
     "__version__",
+    "calibration",
     "capsule_of",
     "choose_recipe",
     "load_capsule",
+    "load_images",
     "load_network",
     "read_recipe",
     "run",
     "save_capsule",
+    "save_images",
     "synthesize",
 ]
 
@@ -61,13 +66,16 @@ _HOMES = {
     "Recipe": "recipe",
     "ReverieError": "errors",
     "Run": "pipeline",
+    "calibration": "formats",
     "capsule_of": "synthesis._capsule",
     "choose_recipe": "best:choose",
     "load_capsule": "synthesis._capsule",
+    "load_images": "images.store",
     "load_network": "models:load",
     "read_recipe": "recipe:read",
     "run": "pipeline",
     "save_capsule": "synthesis._capsule",
+    "save_images": "images.store",
     "synthesize": "stages",
 }
 

@@ -34,13 +34,15 @@ from typing import Any
 
 from torch import nn
 
+from reverie import received
 from reverie.budget import check_budget, fit
-from reverie.errors import BudgetError
+from reverie.errors import BudgetError, at
 from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.images import Images
 from reverie.models import Network
 from reverie.progress import Progress, Silent, duration_text
 from reverie.recipe import Recipe, read
+from reverie.records import PUT_BACK
 from reverie.runs import read_record
 from reverie.stages import as_teacher, check_device, takes
 from reverie.synthesis import Streaming, Teacher
@@ -148,6 +150,9 @@ def chosen_in(folder: Path) -> Choice | None:
     if not (folder / "run.json").is_file():
         return None
     noted = read_record(folder)["facts"].get("choice")
+    if noted is not None:
+        with at(f"{folder / 'run.json'}: facts.choice"):
+            received.check_structure(noted, Choice, PUT_BACK)
     return None if noted is None else Choice(noted["preset"], noted["settings"], tuple(noted["reasons"]))
 
 

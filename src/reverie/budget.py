@@ -26,7 +26,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,8 +138,12 @@ def fit(recipe: Recipe, teacher: Teacher, real: Images | None, minutes: float, *
         BudgetError: It is too few for 10 steps of each stage.
     """
     check_budget(minutes)
+    return schedule(recipe, step_costs(recipe, teacher, real, progress=progress), minutes)
+
+
+def schedule(recipe: Recipe, costs: Mapping[str, float], minutes: float) -> Schedule:
+    """Likewise, where `step_costs` has measured the steps already."""
     own = learning_steps(recipe)
-    costs = step_costs(recipe, teacher, real, progress=progress)
     seconds = sum(number * costs[key] for key, number in own.items())
     if seconds <= 60 * minutes:
         return Schedule(minutes, 1.0, own)
@@ -252,7 +256,7 @@ def _batches(batch: int, *counts: int) -> list[tuple[int, int]]:
 
 def _distillation(recipe: Recipe, teacher: Teacher, share: float) -> float:
     """A step of the student alone, on as many images as in the run, with known logits where the run knows them."""
-    _, student = _student(recipe, teacher)
+    _, student = trial_student(recipe, teacher)
     settings = replace(recipe.distillation, steps=_long_enough(recipe.distillation.steps))
     source: Source = _Noise(teacher, sum(composition(recipe, share).values()))
     kinds = [real for real, part in ((False, 1 - share), (True, share)) if part]
@@ -264,14 +268,14 @@ def _distillation(recipe: Recipe, teacher: Teacher, share: float) -> float:
 
 def _reconstruction(recipe: Recipe, teacher: Teacher) -> float:
     """A step of every unit; they cost so differently that each has its trial."""
-    reference, student = _student(recipe, teacher)
+    reference, student = trial_student(recipe, teacher)
     watch, own = _Watch(teacher.device, limit=0), recipe.reconstruction
     # Every unit takes all of its steps, once; the ranges that come after the weights take a quarter more.
     trial = replace(own, iterations=_TRIAL, patience=0, weights_first=False)
     round_weights(
         reference,
         student,
-        _noise(teacher, _IMAGES),
+        noise(teacher, _IMAGES),
         recipe.rounding,
         trial,
         seed=_SEED,
@@ -282,15 +286,16 @@ def _reconstruction(recipe: Recipe, teacher: Teacher) -> float:
     return 1.25 * seconds if own.weights_first else seconds
 
 
-def _student(recipe: Recipe, teacher: Teacher) -> tuple[fx.GraphModule, Student]:
+def trial_student(recipe: Recipe, teacher: Teacher) -> tuple[fx.GraphModule, Student]:
     """A reference graph and a student of it to throw away; not equalized, which changes no cost."""
     reference, student = student_of(teacher.graph, replace(recipe.quantization, equalize=False))
-    calibrate_activations(reference, student, _noise(teacher, _IMAGES), MinMax(), batch=_IMAGES, progress=Silent())
+    calibrate_activations(reference, student, noise(teacher, _IMAGES), MinMax(), batch=_IMAGES, progress=Silent())
     calibrate_weights(student, MinMax())
     return reference, student
 
 
-def _noise(teacher: Teacher, count: int) -> Tensor:
+def noise(teacher: Teacher, count: int) -> Tensor:
+    """`count` inputs of Gaussian noise for a trial, on the teacher's device, the same each time."""
     return torch.randn(count, *teacher.input.shape, generator=_SEED.generator()).to(teacher.device)
 
 
@@ -298,7 +303,7 @@ class _Noise:
     """The same batch again and again."""
 
     def __init__(self, teacher: Teacher, count: int) -> None:
-        inputs = _noise(teacher, count)
+        inputs = noise(teacher, count)
         labels = torch.arange(count, device=teacher.device) % teacher.classes
         with torch.no_grad():
             self._batch = Batch(inputs, labels, teacher.graph(inputs))

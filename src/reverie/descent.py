@@ -71,25 +71,34 @@ class Descent:
     def state(self) -> dict[str, Tensor]:
         """Copies of the optimizer's memory and the watch's, by name."""
         found = {f"watch.{name}": torch.tensor(pair, dtype=torch.float64) for name, pair in self._seen.items()}
-        for index, memory in self.optimizer.state_dict()["state"].items():
-            for name, value in memory.items():
-                # A momentum that has not begun is None.
-                if value is not None:
-                    found[f"{index}.{name}"] = torch.as_tensor(value).clone()
-        return found
+        return found | optimizer_state(self.optimizer)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Puts both back."""
-        memories: dict[int, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            index, _, name = key.partition(".")
-            if index == "watch":
-                self._seen[name] = (int(value[0]), float(value[1]))
-            else:
-                # An optimizer takes over what it is given and goes on in it.
-                memories.setdefault(int(index), {})[name] = value.clone()
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": memories, "param_groups": whole["param_groups"]})
+        for name, value in under("watch", state).items():
+            self._seen[name] = (int(value[0]), float(value[1]))
+        restore_optimizer(self.optimizer, {name: value for name, value in state.items() if not name.startswith("watch.")})
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of what an optimizer remembers of each parameter, by the parameter's number and the name."""
+    found = {}
+    for index, memory in optimizer.state_dict()["state"].items():
+        for name, value in memory.items():
+            # A momentum that has not begun is None.
+            if value is not None:
+                found[f"{index}.{name}"] = torch.as_tensor(value).clone()
+    return found
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Puts that back; rates stay as they are."""
+    memories: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        index, _, name = key.partition(".")
+        # An optimizer takes over what it is given and goes on in it.
+        memories.setdefault(int(index), {})[name] = value.clone()
+    optimizer.load_state_dict({"state": memories, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ by whoever knows it, with `at`, not by the thrower.
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -64,9 +65,29 @@ def check_range(settings: object, **ranges: tuple[int | float, int | float]) -> 
             raise ConfigError(f"{name} must be {allowed}, got {value!r}")
 
 
-def unknown(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
-    """The error for a name that is not among `choices`: lists them and suggests the nearest."""
+def unknown(kind: str, name: str, choices: Iterable[str], *, elsewhere: Iterable[str] = ()) -> ConfigError:
+    """The error for a name that is not among `choices`: lists them and suggests the nearest.
+
+    Args:
+        elsewhere: Names that would do in another place, to be suggested and not listed.
+    """
     choices = sorted(choices)
-    nearest = difflib.get_close_matches(name, choices, n=1)
-    hint = f", or did you mean {nearest[0]!r}?" if nearest else ""
+    near = nearest(name, (*choices, *elsewhere))
+    hint = f", or did you mean {near!r}?" if near else ""
     return ConfigError(f"unknown {kind} {name!r}; choose one of {', '.join(choices)}{hint}")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that `name` was probably meant for, if there is one.
+
+    A choice that has all words of `name` (`bits` of `weight-bits`) comes before one that is only spelled alike; case does not count.
+    """
+    known = {choice.lower(): choice for choice in sorted(choices)}
+    wanted = _words(name)
+    alike = [low for low in known if wanted and wanted <= _words(low)]
+    found = difflib.get_close_matches(name.lower(), alike, n=1, cutoff=0) or difflib.get_close_matches(name.lower(), known, n=1)
+    return known[found[0]] if found else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z0-9]+", name.lower()))

@@ -8,8 +8,6 @@ where a killed run stopped and ends with the same bytes.
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from reverie import memory, runtimes
+from reverie.attempt import checkpoints_of, complete, finished, free_if_refused, timed, within, working_in
 from reverie.best import Choice
-from reverie.budget import Schedule, fit
-from reverie.checkpoints import Folder
-from reverie.errors import ConfigError, ModelError
+from reverie.errors import ConfigError
 from reverie.export._packed import write_packed
+from reverie.files import atomic_json
 from reverie.graph.placement import Student
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.images import Images
@@ -29,7 +28,7 @@ from reverie.images.store import load_images, save_images, show_images
 from reverie.models import Network
 from reverie.progress import Progress, Silent
 from reverie.randomness import Seed
-from reverie.recipe import Recipe, to_toml
+from reverie.recipe import Recipe
 from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
 from reverie.recovery.clipping import clip_activations, excite
@@ -37,13 +36,14 @@ from reverie.recovery.distillation import distil
 from reverie.recovery.mixed_precision import Decision
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights
-from reverie.report import gallery
+from reverie.report import card, details, gallery, losses
 from reverie.report.measure import peak_memory
 from reverie.report.metrics import collect
 from reverie.report.render import render
-from reverie.request import capsule_digest, check, identity, images_digest
-from reverie.runs import RunDirectory, atomic_json, atomic_text, default_output
+from reverie.request import check
+from reverie.runs import RunDirectory, default_output
 from reverie.stages import (
+    answered,
     as_teacher,
     check_bits,
     check_units,
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def onnx(self) -> Path:
-        """The exported model."""
+        """The exported model, where the recipe's target is `onnx`."""
         return self.path / "network.onnx"
 
 
@@ -95,6 +95,9 @@ def run(
     device: str = "cpu",
     budget: float | None = None,
     choice: Choice | None = None,
+    request: dict[str, Any] | None = None,
+    accept_changes: bool = False,
+    memory_limit: float | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Quantizes `network` as `recipe` says, exports it, proves it, measures it, and writes the run directory.
@@ -108,6 +111,9 @@ def run(
         device: Where synthesis and rounding happen.
         budget: Minutes that the stages that learn may take (`budget.py`); None for the recipe's own steps.
         choice: How the recipe was chosen (`best.py`), for the report.
+        request: The command line that asks for this run, by which `reverie resume` can repeat it.
+        accept_changes: Go on with other versions or threads than the run began with; its bytes are then those of no other run.
+        memory_limit: GiB that the run is to stay below, as far as that is known in advance; the result is the same.
 
     Raises:
         ConfigError: The request is wrong, the output folder is not ours, no space is left.
@@ -118,71 +124,77 @@ def run(
     progress = Silent() if progress is None else progress
     check(recipe, network, calibrated=calibration is not None, capsule=capsule is not None, device=device, budget=budget)
     sets = {"calibration": calibration, "evaluation": evaluation, "unlabelled": unlabelled}
-    given = {name: images_digest(part) for name, part in sets.items()} | {"capsule": capsule_digest(capsule)}
     labelled = evaluation is not None and evaluation.labels is not None and len(evaluation) > 0
-    given["budget"] = "none" if budget is None else f"{budget:g} min"
+    minutes = {"budget": "none" if budget is None else f"{budget:g} min"}
     folder = Path(output or default_output(network.name, *recipe.mean_bits))
-    with _working_in(folder, recipe, network, device, given) as directory:
+    asked: dict[str, Any] = {"request": request, "accept_changes": accept_changes}
+    asked["facts"] = {} if choice is None else {"choice": asdict(choice)}
+    with working_in(folder, recipe, network, device, sets, capsule, minutes, **asked) as directory:
         if directory.is_complete:
-            return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
-        if choice is not None:
-            directory.note(choice=asdict(choice))
+            return Run(directory.path, finished(directory))
         progress.plan(plan(recipe, labelled=labelled))
-        with _timed(directory, "capture"):
-            with _free_if_refused(directory):
+        recorded = losses.Recorder(directory.checkpoint("losses.json"), progress)
+        with timed(directory, "capture"):
+            with free_if_refused(directory):
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
                 small, learning = views(recipe, teacher)
                 check_bits(recipe, teacher)
                 check_units(recipe, teacher)
+                needed = memory.estimate(recipe, teacher, sets)
+                lean = memory.limited(recipe, needed, memory_limit)
+            progress.say(needed.told())
             if teacher.capsule is not None:
                 save_capsule(teacher.capsule, directory.path / "capsule.safetensors")
         if budget is not None:
-            recipe = _within(budget, recipe, teacher, calibration, directory, progress)
-        with _timed(directory, "synthesize"):
-            images = _images(recipe, small, directory, "images", recipe.images, progress)
+            recipe = within(budget, recipe, teacher, calibration, directory, progress)
+            lean = replace(recipe, reconstruction=replace(recipe.reconstruction, cache_gib=lean.reconstruction.cache_gib))
+        with timed(directory, "synthesize"):
+            images = _images(recipe, small, directory, "images", recipe.images, recorded)
             held_out = _images(recipe, teacher, directory, "held-out", recipe.held_out, progress)
             foreign = None
             if teacher.batch_norms and not labelled:
                 foreign = _images(estimating(recipe), teacher, directory, "estimate", recipe.estimate_images, progress)
             if images is not None:
+                network.check_reference(images, "synthesized images")
                 show_images(images, small.input, directory.path, limit=32)
             shown = None if images is None else learned_from(recipe, teacher, images)
-        parts = {method_name(recipe): shown, "real": _answered(calibration, learning)}
+        parts = {method_name(recipe): shown, "real": answered(calibration, learning)}
         used = {name: part for name, part in parts.items() if part is not None}
         everything = Images.concatenate(list(used.values()))
 
-        with _timed(directory, "quantize"):
-            reference, quantized, learned = quantize(recipe, teacher, used, directory, progress)
-        with _timed(directory, "export"):
+        with timed(directory, "quantize"):
+            reference, quantized, learned = quantize(lean, teacher, used, directory, progress)
+        with timed(directory, "export"):
             facts = {"reverie.network": network.name, "reverie.recipe": recipe.fingerprint}
             packed = directory.path / "network.safetensors"
             write_packed(quantized, packed, facts=facts)
-            # It gets its name when it is proven.
-            unproven = None if recipe.export is None else directory.checkpoint("network.onnx")
+            unproven = None if recipe.export is None else directory.checkpoint(recipe.export.filename)
             if recipe.export is not None and unproven is not None:
                 recipe.export(quantized, network.input.shape, unproven, facts=facts)
-        with _timed(directory, "measure"):
+        with timed(directory, "measure"):
             known = {"synthetic": held_out, "unlabelled": unlabelled, "evaluation": evaluation}
             seen = {name: part for name, part in known.items() if part is not None and len(part)}
+            seen = seen or {"calibration": calibration or everything.resized(*network.input.shape[1:])}
             measured = collect(
                 teacher.graph,
                 reference,
                 quantized,
                 network.input.shape,
-                seen or {"calibration": calibration or everything.resized(*network.input.shape[1:])},
+                seen,
                 foreign=foreign,
-                onnx=unproven,
+                exported=unproven,
+                exporter=recipe.export,
                 packed=packed,
                 float_file=directory.checkpoint("float.onnx"),
                 progress=progress,
             )
-            if unproven is not None:
-                unproven.replace(directory.path / "network.onnx")
-            real = evaluation if evaluation is not None and len(evaluation) else calibration
+            # It gets its name now that it is proven.
+            for part in () if unproven is None else reversed(runtimes.parts(unproven)):
+                part.replace(directory.path / part.name)
             made = {} if images is None else {method_name(recipe): images}
-            about = gallery.about(used | made, small, real, directory.path / "plots")
-            if recipe.mosaic:
-                about["mosaics"] = {name: len(used[name]) for name in made}
+            about = gallery.about(used | made, small, evaluation or calibration, directory.path)
+            about |= {"mosaics": {name: len(used[name]) for name in made}} if recipe.mosaic else {}
+            details.describe(directory.path, reference, quantized, seen)
         metrics = {
             **_facts(network),
             "quantization": asdict(recipe.quantization),
@@ -191,11 +203,15 @@ def run(
             **learned,
             **measured,
             "images": about,
+            "real_images": directory.record["facts"]["real_images"],
+            "estimated_memory_bytes": needed.peak,
             **_cost(directory, device),
         }
-        atomic_json(directory.path / "metrics.json", metrics)
-        atomic_text(directory.path / "report.html", render(metrics, recipe, directory.record, directory.path))
-        directory.complete()
+        pages = {
+            "report.html": render(metrics, recipe, directory.record, directory.path),
+            "README.md": card.render(network, metrics, recipe, directory.record),
+        }
+        complete(directory, metrics, pages)
         return Run(directory.path, metrics)
 
 
@@ -207,6 +223,8 @@ def run_synthesis(
     calibration: Images | None = None,
     capsule: Capsule | None = None,
     device: str = "cpu",
+    request: dict[str, Any] | None = None,
+    accept_changes: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """The recipe's images alone, with what is measured about them, in the folder `output`; arguments and errors as for `run`.
@@ -217,57 +235,26 @@ def run_synthesis(
     if recipe.images == 0:
         raise ConfigError("images must be at least 1, got 0")
     check(recipe, network, calibrated=calibration is not None, capsule=capsule is not None, device=device)
-    given = {"only": "images", "calibration": images_digest(calibration), "capsule": capsule_digest(capsule)}
-    with _working_in(Path(output), recipe, network, device, given) as directory:
+    only = {"only": "images"}
+    asked: dict[str, Any] = {"request": request, "accept_changes": accept_changes, "facts": {}}
+    with working_in(Path(output), recipe, network, device, {"calibration": calibration}, capsule, only, **asked) as directory:
         if directory.is_complete:
-            return Run(directory.path, json.loads((directory.path / "metrics.json").read_text()))
-        with _timed(directory, "capture"), _free_if_refused(directory):
+            return Run(directory.path, finished(directory))
+        with timed(directory, "capture"), free_if_refused(directory):
             teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
             small, _ = views(recipe, teacher)
-        with _timed(directory, "synthesize"):
-            images = _images(recipe, small, directory, "images", recipe.images, progress)
+        with timed(directory, "synthesize"):
+            recorded = losses.Recorder(directory.checkpoint("losses.json"), progress)
+            images = _images(recipe, small, directory, "images", recipe.images, recorded)
             assert images is not None
+            network.check_reference(images, "synthesized images")
             show_images(images, small.input, directory.path, limit=None)
-        about = gallery.about({method_name(recipe): images}, small, calibration, directory.path / "plots")
-        metrics = {**_facts(network), "images": about, **_cost(directory, device)}
-        atomic_json(directory.path / "metrics.json", metrics)
-        directory.complete()
+        about = gallery.about({method_name(recipe): images}, small, calibration, directory.path)
+        read = directory.record["facts"]["real_images"]
+        metrics = {**_facts(network), "images": about, "real_images": read, **_cost(directory, device)}
+        details.add(directory.path, losses=losses.read(directory.checkpoint("losses.json")))
+        complete(directory, metrics, {"report.html": render(metrics, recipe, directory.record, directory.path)})
         return Run(directory.path, metrics)
-
-
-@contextmanager
-def _working_in(folder: Path, recipe: Recipe, network: Network, device: str, more: dict[str, str]) -> Iterator[RunDirectory]:
-    """The run directory, opened for this recipe and network (and what `more` identifies), its recipe and facts written."""
-    with RunDirectory.open(folder, identity(recipe, network) | more) as directory:
-        kept = directory.record["facts"].get("budget")
-        atomic_text(directory.path / "recipe.toml", to_toml(Schedule(**kept).shorten(recipe) if kept else recipe))
-        directory.note(network=network.name, options=network.options, seed=recipe.seed, device=device)
-        yield directory
-
-
-def _within(
-    budget: float, recipe: Recipe, teacher: Teacher, real: Images | None, directory: RunDirectory, progress: Progress
-) -> Recipe:
-    """The recipe, shortened to `budget` minutes by what the first process of the run measured."""
-    if "budget" not in directory.record["facts"]:
-        with _timed(directory, "budget"), _free_if_refused(directory):
-            directory.note(budget=asdict(fit(recipe, teacher, real, budget, progress=progress)))
-    schedule = Schedule(**directory.record["facts"]["budget"])
-    progress.say(schedule.told(recipe))
-    shortened = schedule.shorten(recipe)
-    atomic_text(directory.path / "recipe.toml", to_toml(shortened))
-    return shortened
-
-
-@contextmanager
-def _free_if_refused(directory: RunDirectory) -> Iterator[None]:
-    """Leaves the folder free for another request where this one is refused before anything has been learned."""
-    try:
-        yield
-    except (ConfigError, ModelError):
-        for name in ("run.json", "recipe.toml", "capsule.safetensors"):
-            (directory.path / name).unlink(missing_ok=True)
-        raise
 
 
 def quantize(
@@ -282,14 +269,14 @@ def quantize(
     reference, student = student_of(teacher.graph, settings, recipe.bits)
     few = {name: part.evenly(recipe.calibration_images) for name, part in images.items()}
     inputs = torch.cat([part.inputs for part in few.values()]).to(teacher.device)
-    checkpoint, seed = directory.checkpoint, Seed(recipe.seed)
+    checkpoints, seed = checkpoints_of(directory), Seed(recipe.seed)
     learned: dict[str, Any] = {"calibration": {name: len(part) for name, part in few.items()}}
     if recipe.mixed_precision.chooses:
-        decision = _decision(recipe, teacher, reference, student, inputs, checkpoint("bits.json"), progress)
+        decision = _decision(recipe, teacher, reference, student, inputs, directory, progress)
         reference, student = student_of(teacher.graph, settings, decision.bits)
         learned["mixed_precision"] = decision.as_dict()
     if recipe.clipping.images:
-        parts = Folder(checkpoint("excited"))
+        parts = checkpoints.at("excited")
         excited = excite(teacher, recipe.clipping, seed=seed.at("excite"), checkpoints=parts, progress=progress)
         clip_activations(reference, student, excited.to(teacher.device), recipe.clipping, progress=progress)
     else:
@@ -307,7 +294,7 @@ def quantize(
         recipe.reconstruction,
         weights=share_weights(recipe, few),
         seed=seed.at("round"),
-        checkpoints=Folder(checkpoint("rounding")),
+        checkpoints=checkpoints.at("rounding"),
         progress=progress,
     )
     learned["rounding_errors"] = {name: {"before": before, "after": after} for name, (before, after) in errors.items()}
@@ -329,8 +316,9 @@ def _distilled(
     progress: Progress,
 ) -> dict[str, Any]:
     """Distils, and gives what is to be told about it."""
-    source, composition = source_of(recipe, teacher, images, directory.path / "checkpoints", progress)
-    parts = Folder(directory.checkpoint("distillation"))
+    checkpoints = checkpoints_of(directory)
+    source, composition = source_of(recipe, teacher, images, checkpoints, progress)
+    parts = checkpoints.at("distillation")
     distil(teacher.graph, student, source, recipe.distillation, checkpoints=parts, progress=progress)
     return asdict(recipe.distillation) | {"images_of_a_step": composition}
 
@@ -341,14 +329,16 @@ def _decision(
     reference: fx.GraphModule,
     student: Student,
     inputs: Tensor,
-    file: Path,
+    directory: RunDirectory,
     progress: Progress,
 ) -> Decision:
     """The bits of every tensor, as the first process of the run that came so far chose them."""
-    if file.is_file():
+    file = directory.checkpoint("bits.json")
+    if directory.sealed(file):
         return Decision.from_dict(json.loads(file.read_text()))
     decision = decide_bits(recipe, teacher, reference, student, inputs, progress)
     atomic_json(file, decision.as_dict())
+    directory.seal(file)
     return decision
 
 
@@ -358,30 +348,13 @@ def _images(
     if not count:
         return None
     file = directory.path / "images.safetensors" if name == "images" else directory.checkpoint(f"{name}.safetensors")
-    if directory.done(name) and file.is_file():
+    if directory.done(name) and directory.sealed(file):
         return load_images(file)
     began = time.perf_counter()
-    images = synthesize(recipe, teacher, count, name, directory.path / "checkpoints", progress)
-    file.parent.mkdir(exist_ok=True)
+    images = synthesize(recipe, teacher, count, name, checkpoints_of(directory), progress)
     save_images(images, file)
-    directory.finish(name, time.perf_counter() - began)
+    directory.finish(name, time.perf_counter() - began, file)
     return images
-
-
-def _answered(images: Images | None, teacher: Teacher) -> Images | None:
-    """The user's images in the size that the student learns from, with the teacher's answers."""
-    if images is None:
-        return None
-    images = images.resized(*teacher.input.shape[1:])
-    return replace(images, logits=teacher.logits(images.inputs))
-
-
-@contextmanager
-def _timed(directory: RunDirectory, stage: str) -> Iterator[None]:
-    """Records how long what happens inside takes."""
-    began = time.perf_counter()
-    yield
-    directory.finish(stage, time.perf_counter() - began)
 
 
 def _facts(network: Network) -> dict[str, Any]:

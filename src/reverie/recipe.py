@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from reverie import export, observers, plugins, recipes, rounding, synthesis
-from reverie.errors import ConfigError, at, check_range, unknown
+from reverie import export, observers, plugins, received, recipes, rounding, synthesis
+from reverie.errors import ConfigError, at, check_range, nearest, unknown
 from reverie.export import Exporter
 from reverie.graph.placement import Bits, PlacementKind
 from reverie.grid import MAX_BITS, MIN_BITS
@@ -55,6 +55,8 @@ class Quantization:
         end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
         sum_bits: Bits of what sums and averages read, such as the stream of a residual network; likewise. Layers that read the same tensor read
             it through a grid of `activation_bits`, if those are fewer.
+        symmetric: Activations on signed grids whose zero point is 0, for targets without zero points (`tensorrt`); what follows a ReLU
+            then has half of the codes.
         equalize: Cross-layer equalization before anything else.
         bias_correction: Give every channel its mean back after rounding.
         batch_norm_adaptation: Give every channel its mean and deviation back, after rounding, or before distillation, which
@@ -66,6 +68,7 @@ class Quantization:
     activation_bits: int = 8
     end_bits: int = 8
     sum_bits: int = 8
+    symmetric: bool = False
     equalize: bool = False
     bias_correction: bool = True
     batch_norm_adaptation: bool = False
@@ -75,6 +78,11 @@ class Quantization:
             raise ConfigError(
                 "bias_correction must be false with batch_norm_adaptation, got both; adaptation corrects biases too: use "
                 "--set quantization.bias_correction=false"
+            )
+        if self.symmetric and self.placement == "literature":
+            raise ConfigError(
+                "symmetric must be false with the literature placement, got true; it is for targets without zero points: use "
+                "--placement integer"
             )
         bits = (MIN_BITS, MAX_BITS)
         check_range(self, weight_bits=bits, activation_bits=bits, end_bits=bits, sum_bits=bits)
@@ -231,22 +239,23 @@ def read(name_or_file: str, overrides: dict[str, Any] | None = None) -> Recipe:
                 f"{path}: a recipe file must exist, got none; `reverie recipe {presets()[0]}` prints one to start from"
             )
         with at(str(path)):
-            text = _utf8(path)
+            text = _utf8(received.read_bytes(path, received.MOST_RECIPE_BYTES))
     elif name_or_file in presets():
         text = (resources.files(recipes) / f"{name_or_file}.toml").read_text()
     else:
-        raise unknown("recipe", name_or_file, presets())
+        raise unknown("recipe", name_or_file, [*presets(), "best"])
     with at(str(path) if path.suffix == ".toml" else f"recipe {name_or_file}"):
         try:
             tables = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            # Besides its own error: integers of thousands of digits, and brackets in brackets in brackets.
             raise ConfigError(f"must be TOML, got {str(error)!r}") from None
         return from_tables(tables, overrides)
 
 
-def _utf8(path: Path) -> str:
+def _utf8(content: bytes) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return content.decode()
     except UnicodeDecodeError:
         raise ConfigError("must be TOML in UTF-8, got other bytes") from None
 
@@ -269,7 +278,7 @@ def from_tables(tables: dict[str, Any], overrides: dict[str, Any] | None = None)
     resolved: dict[str, Any] = {}
     for key, value in tables.items():
         if key not in names:
-            raise unknown("key", key, names)
+            raise unknown("key", key, names, elsewhere=_settings(tables))
         if key in _PACKAGES or key in _TABLES:
             if not isinstance(value, dict):
                 raise ConfigError(f"[{key}] must be a table, got {value!r}")
@@ -278,6 +287,26 @@ def from_tables(tables: dict[str, Any], overrides: dict[str, Any] | None = None)
         else:
             resolved[key] = _valid(_hint(Recipe, key), value, key)
     return Recipe(**resolved)
+
+
+def _settings(tables: dict[str, Any]) -> list[str]:
+    """The dotted keys of all tables, with the methods that `tables` chooses."""
+    chosen = {key: tables[key].get("method") for key in _PACKAGES if isinstance(tables.get(key), dict)}
+    known = {key: name for key, name in chosen.items() if name in plugins.names(_PACKAGES[key])}
+    kinds = _TABLES | {key: plugins.load(_PACKAGES[key], name) for key, name in known.items()}
+    return [f"{table}.{item.name}" for table, kind in kinds.items() for item in dataclasses.fields(kind)]
+
+
+def exporter(target: str, settings: dict[str, Any]) -> Exporter:
+    """The exporter `target` with these settings, checked as those of a recipe's `[export]` are.
+
+    Raises:
+        ConfigError: No such target, or an unknown setting or value; names the choices.
+    """
+    kind = plugins.load(export, target)
+    with at(f"target {target}"):
+        found: Exporter = configure(kind, settings)
+    return found
 
 
 def _table(key: str, value: dict[str, Any]) -> Any:
@@ -292,6 +321,15 @@ def _table(key: str, value: dict[str, Any]) -> Any:
         if key == "export" and method == "none":
             return None
         kind = plugins.load(_PACKAGES[key], str(method))
+    return configure(kind, settings)
+
+
+def configure(kind: type[Any], settings: dict[str, Any]) -> Any:
+    """The dataclass `kind` with the settings that a file or a command line gives.
+
+    Raises:
+        ConfigError: A setting that it does not have, or a value that is none.
+    """
     names = [item.name for item in dataclasses.fields(kind)]
     for name in settings:
         if name not in names:
@@ -316,7 +354,8 @@ def _valid(hint: Any, value: Any, key: str) -> Any:
         return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int) or isinstance(value, bool))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Input should be ").lower()
-        raise ConfigError(f"{key} must be {reason}, got {value!r}") from None
+        near = nearest(str(value), (choice for choice in get_args(hint) if isinstance(choice, str)))
+        raise ConfigError(f"{key} must be {reason}, got {value!r}{f'; did you mean {near!r}?' if near else ''}") from None
 
 
 def tables(recipe: Recipe) -> dict[str, Any]:

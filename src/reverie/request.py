@@ -5,10 +5,13 @@ Not here: what only the captured graph can tell, which the stages themselves ref
 
 import hashlib
 
+from reverie import runtimes
 from reverie.budget import check_budget
 from reverie.errors import ConfigError
+from reverie.graph.unfold import count_folded
 from reverie.images import Images
 from reverie.models import Network
+from reverie.plugins import name_of
 from reverie.recipe import Recipe
 from reverie.recovery.allocation import require_solver
 from reverie.stages import check_device, composition, method_name, reads_capsule, synthesizes
@@ -41,6 +44,14 @@ def check(
             "the literature placement must not be exported, got export = "
             f"{type(recipe.export).__name__.lower()!r}; it is for comparison with papers: use --set export.method=none"
         )
+    if recipe.export is not None:
+        runtimes.load(recipe.export.runtime)
+    if recipe.export is not None and recipe.export.device is not None:
+        name = name_of(recipe.export)
+        raise ConfigError(
+            f"export.method must be a target that is executed here, got {name!r}, made for {recipe.export.device}; leave it out, and "
+            f"then use `reverie export RUN --target {name}`"
+        )
     if recipe.image_scale != 1 and synthesizes(recipe) and isinstance(recipe.synthesis, Streaming):
         raise ConfigError(
             f"image_scale must be 1 with {method_name(recipe)}, whose generator makes all sets of images, got "
@@ -56,7 +67,9 @@ def check(
         require_solver()
     if reads_capsule(recipe) and not (calibrated or capsule):
         raise lacks_capsule(network.name, method_name(recipe))
-    if capsule and not recipe.synthesis.needs_capsule:
+    # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
+    remembers, folded = bool(list(network.module.buffers())), count_folded(network.module)
+    if capsule and remembers and not folded and not recipe.synthesis.needs_capsule:
         raise ConfigError(f"{method_name(recipe)} reads no capsule, got one; leave it out, or use --recipe fdda")
     asked = recipe.distillation.synthetic
     if recipe.distillation.steps and asked != "kept" and "fresh" not in composition(recipe, share=0.0):
@@ -64,9 +77,10 @@ def check(
             f"distillation.synthetic must be 'kept' with {method_name(recipe)}, which has no generator, got "
             f"{asked!r}; leave it out, or use --recipe gdfq"
         )
-    # Running statistics are buffers. With some, only the captured graph can tell whether a batch norm reads them.
-    if synthesizes(recipe) and recipe.synthesis.needs_batch_norm and not list(network.module.buffers()):
-        raise lacks_batch_norm(network.name, method_name(recipe))
+    # Real images tell what folded batch norms remembered.
+    told = capsule or (reads_capsule(recipe) and calibrated)
+    if synthesizes(recipe) and recipe.synthesis.needs_batch_norm and not remembers and not (told and folded):
+        raise lacks_batch_norm(network.name, method_name(recipe), folded)
 
 
 def identity(recipe: Recipe, network: Network) -> dict[str, str]:

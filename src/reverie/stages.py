@@ -6,18 +6,18 @@ The table of contents (`pipeline.py`) and the budget's trials (`budget.py`) begi
 import copy
 from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
-from reverie.checkpoints import Folder
+from reverie.checkpoints import Checkpoints
 from reverie.errors import ConfigError, at
 from reverie.graph.capture import capture
 from reverie.graph.equalize import equalize
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, Student, place
 from reverie.graph.sums import separate_sums
+from reverie.graph.unfold import unfold
 from reverie.graph.units import find_units
 from reverie.images import Images
 from reverie.images.augment import Augmentation
@@ -41,7 +41,9 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         # An AssertionError where torch was built without CUDA.
-        raise ConfigError(f"device must be one that PyTorch can use here, got {device!r}; use 'cpu'") from error
+        usable = ["cpu", *([accelerator.type] if (accelerator := torch.accelerator.current_accelerator()) else [])]
+        cure = f"use {' or '.join(map(repr, usable))}"
+        raise ConfigError(f"device must be one that PyTorch can use here, got {device!r}; {cure}") from error
 
 
 def as_teacher(network: Network, device: str = "cpu") -> Teacher:
@@ -64,7 +66,7 @@ def views(recipe: Recipe, teacher: Teacher) -> tuple[Teacher, Teacher]:
     # Without images to join there are no small ones: real ones beside mosaics are whole.
     if recipe.image_scale == 1 or (recipe.mosaic and not recipe.images):
         return teacher, teacher
-    small = replace(teacher, input=teacher.input.scaled(recipe.image_scale))
+    small = replace(teacher, input=teacher.input.scaled(recipe.image_scale), whole=teacher.input)
     if not takes(small):
         _, height, width = small.input.shape
         raise ConfigError(
@@ -123,8 +125,8 @@ def reads_capsule(recipe: Recipe) -> bool:
 
 
 def with_capsule(teacher: Teacher, recipe: Recipe, calibration: Images | None, capsule: Capsule | None) -> Teacher:
-    """The teacher with what real images tell about its classes, if the recipe reads that."""
-    if not reads_capsule(recipe):
+    """The teacher with what real images tell: about its classes, if the recipe reads that, and in place of folded batch norms."""
+    if not reads_capsule(recipe) and (capsule is None or teacher.batch_norms):
         return teacher
     if capsule is None:
         assert calibration is not None
@@ -133,24 +135,27 @@ def with_capsule(teacher: Teacher, recipe: Recipe, calibration: Images | None, c
     else:
         with at("capsule"):
             check_capsule(capsule, teacher)
-    return replace(teacher, capsule=capsule)
+    graph = teacher.graph if teacher.batch_norms else unfold(teacher.graph, capsule.overall())
+    return replace(teacher, graph=graph, capsule=capsule)
 
 
-def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, folder: Path, progress: Progress) -> Images:
+def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, checkpoints: Checkpoints, progress: Progress) -> Images:
     """`count` images of the set `name` by the recipe's method, with the teacher's answers and their provenance."""
     seed, method = Seed(recipe.seed, (name,)), recipe.synthesis
     if isinstance(method, Streaming):
         # One generator makes both sets: a second one would cost as much again.
-        stream = stream_of(recipe, method, teacher, folder, progress)
-        images = stream.sample(count, seed, checkpoints=Folder(folder / name), progress=progress)
+        stream = stream_of(recipe, method, teacher, checkpoints, progress)
+        images = stream.sample(count, seed, checkpoints=checkpoints.at(name), progress=progress)
     else:
-        images = method(teacher, count, seed=seed, checkpoints=Folder(folder / name), progress=progress)
+        images = method(teacher, count, seed=seed, checkpoints=checkpoints.at(name), progress=progress)
     provenance = {
         "method": method_name(recipe),
         "recipe": recipe.fingerprint,
         "seed": str(recipe.seed),
         "network": f"{teacher.name} {teacher.fingerprint}",
     }
+    if teacher.whole is not None:
+        provenance["input_size"] = f"{teacher.whole.height} x {teacher.whole.width}"
     return Images(
         inputs=images.inputs,
         labels=images.labels,
@@ -158,6 +163,14 @@ def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, folder: 
         sources=images.sources,
         provenance=provenance,
     )
+
+
+def answered(images: Images | None, teacher: Teacher) -> Images | None:
+    """The user's images in the size that the student learns from, with the teacher's answers."""
+    if images is None:
+        return None
+    images = images.resized(*teacher.input.shape[1:])
+    return replace(images, logits=teacher.logits(images.inputs))
 
 
 def learned_from(recipe: Recipe, teacher: Teacher, images: Images, *places: str) -> Images:
@@ -182,10 +195,10 @@ def estimating(recipe: Recipe) -> Recipe:
     return replace(recipe, synthesis=ZeroQ(start="white", swing=False, input_weight=0.0, steps=40))
 
 
-def stream_of(recipe: Recipe, method: Streaming, teacher: Teacher, folder: Path, progress: Progress) -> ImageStream:
+def stream_of(recipe: Recipe, method: Streaming, teacher: Teacher, checkpoints: Checkpoints, progress: Progress) -> ImageStream:
     """The recipe's generator after its warm-up, whose end is a checkpoint."""
     seed = Seed(recipe.seed, ("images",))
-    return method.stream(teacher, seed=seed, checkpoints=Folder(folder / "images"), progress=progress)
+    return method.stream(teacher, seed=seed, checkpoints=checkpoints.at("images"), progress=progress)
 
 
 def student_of(graph: fx.GraphModule, settings: Quantization, bits: Bits | None = None) -> tuple[fx.GraphModule, Student]:
@@ -206,6 +219,7 @@ def student_of(graph: fx.GraphModule, settings: Quantization, bits: Bits | None 
         activation_bits=settings.activation_bits,
         end_bits=settings.end_bits,
         sum_bits=settings.sum_bits,
+        symmetric=settings.symmetric,
         bits=bits,
     )
 
@@ -287,7 +301,7 @@ def composition(recipe: Recipe, share: float) -> dict[str, int]:
 
 
 def source_of(
-    recipe: Recipe, teacher: Teacher, images: dict[str, Images], folder: Path, progress: Progress
+    recipe: Recipe, teacher: Teacher, images: dict[str, Images], checkpoints: Checkpoints, progress: Progress
 ) -> tuple[Source, dict[str, int]]:
     """Where distillation gets its batches from, and how many images of which kind each holds."""
     settings, method, name = recipe.distillation, recipe.synthesis, method_name(recipe)
@@ -304,7 +318,7 @@ def source_of(
 
     parts: dict[str, Source] = {}
     if isinstance(method, Streaming) and "fresh" in sizes:
-        parts["fresh"] = stream_of(recipe, method, teacher, folder, progress)
+        parts["fresh"] = stream_of(recipe, method, teacher, checkpoints, progress)
         if crops is not None:
             parts["fresh"] = Augmented(parts["fresh"], crops, seed=seed.at("crops"), teacher=teacher.graph)
     if "kept" in sizes:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from PIL import Image
 from tests.cli.conftest import SHAPE
 
 from reverie.cli import main
+from reverie.export._metadata import content_hash
 from reverie.images import Images
-from reverie.images.store import save_images, save_pngs
+from reverie.images.store import load_images, save_images, save_pngs
 from reverie.models.embedded import DIGITS_INPUT, digits_images, load
 from reverie.report.outcome import numbers_text
 from reverie.stages import as_teacher
@@ -178,3 +180,50 @@ def test_a_wrong_request_is_refused(capsys, tmp_path, arguments, expected):
 
 def test_its_help_has_an_example(capsys):
     assert "Example: reverie capsule embedded:digits --calibration" in said(capsys, "--help")
+
+
+@pytest.fixture
+def folded(tiny_cnn, tmp_path):
+    """A small trained network as exporters leave it, and real images of it, in files."""
+    network = tiny_cnn()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        free = {0: torch.export.Dim("batch")}
+        torch.onnx.export(
+            network.module, (torch.zeros(2, 3, 16, 16),), tmp_path / "net.onnx", dynamic_shapes=(free,), verbose=False
+        )
+    save_images(network.held_out(), tmp_path / "real.safetensors")
+    return [str(tmp_path / "net.onnx"), "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"], tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["--capsule", "{capsule}", "--images", "16", "--set", "synthesis.steps=20", "--set", "held_out=8"],
+        ["--recipe", "fdda", "--capsule", "{capsule}", "--images", "16", "--set", "synthesis.steps=3", "--set", "held_out=8",
+         "--set", "distillation.steps=3", "--set", "reconstruction.iterations=3"],
+        ["--images", "0", "--set", "held_out=0", "--calibration", "{real}"],
+        ["--recipe", "squant", "--images", "0", "--set", "held_out=0", "--calibration", "{few}"],
+    ],
+    ids=["capsule", "capsule and fdda", "real images", "squant and a few images"],
+)  # fmt: skip
+def test_a_network_whose_batch_norms_were_folded_is_quantized_with_what_its_owner_has(folded, way):
+    network, folder = folded
+    images = load_images(folder / "real.safetensors")
+    save_images(Images(inputs=images.inputs[:6]), folder / "few.safetensors")
+    assert (
+        main(
+            ["capsule", *network, "--calibration", str(folder / "real.safetensors"), "--output", str(folder / "c.safetensors")]
+        )
+        == 0
+    )
+    places = {"capsule": folder / "c.safetensors", "real": folder / "real.safetensors", "few": folder / "few.safetensors"}
+    run = folder / "run"
+    command = ["quantize", *network, *(word.format(**places) for word in way), "--evaluate", str(places["real"])]
+    assert main([*command, "--output", str(run)]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["parity"]["max_code_difference"] <= 1
+    assert metrics["exported"]["top1"] > (0.6 if "fdda" in way else 0.95)
+    assert main(["export", str(run), "--output", str(folder / "again.onnx")]) == 0
+    assert content_hash(folder / "again.onnx") == content_hash(run / "network.onnx")

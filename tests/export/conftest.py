@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from reverie.export.onnx import Onnx, export_float
+from reverie.export._onnx import export_float
+from reverie.export.onnx import Onnx
 from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, place
@@ -61,13 +62,24 @@ def quantize(
     ends: int | None,
     bits: Bits | None = None,
     sums: int | None = None,
+    symmetric: bool = False,
 ) -> QuantizedNetwork:
     """The integer model with ranges from minimum to maximum; with bits of `sums`, those apart."""
     graph = graph if sums is None else separate_sums(graph)
-    student = place(graph, "integer", weight_bits=weights, activation_bits=activations, end_bits=ends, sum_bits=sums, bits=bits)
+    student = place(
+        graph,
+        "integer",
+        weight_bits=weights,
+        activation_bits=activations,
+        end_bits=ends,
+        sum_bits=sums,
+        symmetric=symmetric,
+        bits=bits,
+    )
+    qparams = symmetric_qparams if symmetric else affine_qparams
     for name, value in tap(graph, student.activations)(images).items():
         quantizer = student.activations[name]
-        quantizer.set_qparams(*affine_qparams(value.min(), value.max(), quantizer.grid))
+        quantizer.set_qparams(*qparams(value.min(), value.max(), quantizer.grid))
     for name, quantizer in student.weights.items():
         largest = student.graph.get_buffer(student.layers[name].weight).flatten(1).abs().amax(1).view(quantizer.scale.shape)
         quantizer.set_qparams(*symmetric_qparams(-largest, largest, quantizer.grid))

@@ -8,12 +8,14 @@ from torch import nn
 
 from reverie.errors import ExportError
 from reverie.export import _verify as verify
+from reverie.export._onnx import export_float
 from reverie.export._packed import stored_bits, write_packed
-from reverie.export.onnx import Onnx, export_float
+from reverie.export.onnx import Onnx
 from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, place
 from reverie.graph.quantized import finish
+from reverie.runtimes.onnxruntime import OnnxRuntime
 
 SHAPE = (3, 16, 16)
 W4A8, W4A4 = (4, 8, 8), (4, 4, 8)
@@ -33,7 +35,7 @@ def test_onnxruntime_computes_every_tensor_to_a_step_of_the_student_and_all_in_i
     assert parity.images == len(images)
     assert parity.differing_share < 1e-3
     verify.assert_integer(path, network)
-    found = verify.kernels(path)
+    found = OnnxRuntime().kernels(path)
     assert found["QuantizeLinear"] == 1, "the input, and nothing else, is quantized at run time"
     assert not found.keys() & {"DequantizeLinear", "Conv", "Gemm", "Add", "Concat", "Relu", "Clip", "GlobalAveragePool"}
 
@@ -74,8 +76,8 @@ def test_resnet20_runs_as_integers_and_loses_nothing_on_the_way_to_the_file(asse
     verify.assert_integer(path, network)
     with torch.no_grad():
         expected, student = graph(inputs), network.graph(inputs)
-    assert torch.allclose(verify.predict(verify.open_session(float_path), inputs), expected, atol=1e-4)
-    right = (verify.predict(verify.open_session(path), inputs).argmax(1) == labels[:100]).sum()
+    assert torch.allclose(verify.predict(OnnxRuntime().open(float_path), inputs), expected, atol=1e-4)
+    right = (verify.predict(OnnxRuntime().open(path), inputs).argmax(1) == labels[:100]).sum()
     assert abs(int(right - (student.argmax(1) == labels[:100]).sum())) <= 1
     assert path.stat().st_size < 0.2 * float_path.stat().st_size
 
@@ -106,7 +108,7 @@ def test_a_convolution_that_is_applied_twice_is_two_integer_layers(bits, side_by
     Onnx()(network, SHAPE, path)
     assert len(network.layers) == 4
     verify.assert_integer(path, network)
-    assert verify.kernels(path)["QLinearConv"] == 3
+    assert OnnxRuntime().kernels(path)["QLinearConv"] == 3
     verify.assert_parity(verify.measure_parity(network, path, images))
 
 
@@ -123,6 +125,84 @@ def test_weights_take_half_a_byte_up_to_four_bits_and_a_byte_above(bits, kind, p
         assert onnx.TensorProto.DataType.Name(tensor.data_type) == kind
         assert len(tensor.raw_data) == math.ceil(layer.codes.numel() / per_byte)
         assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("int8")), layer.codes)
+
+
+@pytest.mark.parametrize("bits", [(2, 8, 8), (2, 4, 2)], ids=str)
+def test_two_bits_are_stored_four_in_a_byte_where_that_is_asked_for(bits, written, images, tmp_path):
+    network, wider = written(*bits)
+    path = tmp_path / "network.onnx"
+    Onnx(packing="int2")(network, SHAPE, path)
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert ([(entry.domain, entry.version) for entry in proto.opset_import], proto.ir_version) == ([("", 25)], 13)
+    tensors = stored(proto)
+    for layer in network.layers.values():
+        tensor = tensors[f"{layer.weight}_codes"]
+        assert onnx.TensorProto.DataType.Name(tensor.data_type) == ("INT2" if layer.grid.bits == 2 else "INT8")
+        assert len(tensor.raw_data) == math.ceil(layer.codes.numel() / (4 if layer.grid.bits == 2 else 1))
+        assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("int8")), layer.codes)
+    verify.assert_integer(path, network)
+    assert OnnxRuntime().kernels(path) == OnnxRuntime().kernels(wider)
+    answers = [verify.predict(OnnxRuntime().open(file), images) for file in (path, wider)]
+    assert torch.equal(*answers)
+
+
+def test_a_file_without_two_bits_stays_at_the_opset_that_more_runtimes_read(written, tmp_path):
+    network, path = written(*W4A8)
+    Onnx(packing="int2")(network, SHAPE, tmp_path / "network.onnx", facts={"bits": str(W4A8), "about": "a test"})
+    assert (tmp_path / "network.onnx").read_bytes() == path.read_bytes()
+
+
+class Wide(nn.Module):
+    """Its weights are nearly all of its file, as those of real networks are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.convs = nn.Conv2d(3, 256, 3), nn.Sequential(*(nn.Conv2d(256, 256, 3, padding=1) for _ in range(3)))
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.head(self.convs(self.stem(x)).mean((2, 3)))
+
+
+def test_files_of_two_and_four_bits_are_a_quarter_and_half_of_one_of_eight(quantizer, images, tmp_path):
+    graph, sizes = capture(Wide().eval(), SHAPE), {}
+    for bits in (8, 4, 2):
+        path = tmp_path / f"{bits}.onnx"
+        Onnx(packing="int2")(quantizer(graph, images[:4], bits, 8, 8), SHAPE, path)
+        sizes[bits] = path.stat().st_size
+    assert sizes[4] <= 0.52 * sizes[8]
+    assert sizes[2] <= 0.28 * sizes[8]
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (3, 16, 16), (3, 12, 20)])
+def test_a_file_for_any_size_computes_what_the_student_does_at_another(shape, quantized, tmp_path):
+    network, path = quantized(4, 5, 8), tmp_path / "network.onnx"
+    Onnx(dynamic_size=True)(network, SHAPE, path)
+    (given,) = onnx.load(path).graph.input
+    assert [size.dim_param or size.dim_value for size in given.type.tensor_type.shape.dim] == ["batch", 3, "height", "width"]
+    others = torch.randn(20, *shape, generator=torch.Generator().manual_seed(2))
+    verify.assert_integer(path, network)
+    verify.assert_parity(verify.measure_parity(network, path, others))
+
+
+class OneSize(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(512, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).flatten(1))
+
+
+def test_a_network_that_is_made_for_one_size_is_refused_any_other(quantizer, images, tmp_path):
+    network = quantizer(capture(OneSize().eval(), SHAPE), images, 8, 8, 8)
+    with pytest.raises(ExportError) as caught:
+        Onnx(dynamic_size=True)(network, SHAPE, tmp_path / "network.onnx")
+    assert str(caught.value) == (
+        "onnx: the network must compute for any height and width, got one that is made for (16, 16); leave out dynamic_size"
+    )
+    Onnx()(network, SHAPE, tmp_path / "network.onnx")
 
 
 def test_biases_are_int32_on_the_scale_of_the_accumulator(written):
@@ -177,7 +257,7 @@ def test_an_export_leaves_the_model_as_it_was(quantized, images, tmp_path):
 
 
 def test_the_float_file_computes_what_the_captured_graph_does(patterns, images, float_file):
-    answers = verify.predict(verify.open_session(float_file), images, batch=7)
+    answers = verify.predict(OnnxRuntime().open(float_file), images, batch=7)
     assert torch.allclose(answers, patterns(images), atol=1e-5)
     assert "GlobalAveragePool" in {node.op_type for node in onnx.load(float_file).graph.node}
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +17,10 @@ from reverie.observers.minmax import MinMax
 from reverie.progress import Silent
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.report.measure import latency
+from reverie.runtimes.onnxruntime import OnnxRuntime
 
 SOUND = verify.Parity(
+    runtime="onnxruntime",
     max_code_difference=1,
     differing_share=0.001,
     logit_error=1e-7,
@@ -140,9 +144,100 @@ def test_the_message_about_classes_counts_them():
     )
 
 
+def test_a_file_whose_tensors_are_mostly_hidden_proves_nothing():
+    hidden = replace(SOUND, unseen=("stem_2", "relu"), unrounded=("add_2",))
+    verify.assert_parity(replace(hidden, unseen=("relu",)))
+    verify.assert_parity(hidden)
+    with pytest.raises(ExportError) as caught:
+        verify.assert_parity(replace(hidden, unseen=("stem_2", "relu", "head", "relu_2")))
+    assert str(caught.value) == (
+        "codes: onnxruntime must show those of 50% of the tensors without computing otherwise, got 4 of 7 hidden; "
+        "try another version of onnxruntime"
+    )
+
+
+class Turned(OnnxRuntime):
+    """ONNX Runtime with the logits of other classes."""
+
+    def open(self, path, *, threads=1):
+        session = super().open(path, threads=threads)
+        return lambda images: np.roll(session(images), 1, axis=1)
+
+    def probe(self, path, names, *, threads=1):
+        probe = super().probe(path, names, threads=threads)
+
+        def answer(images):
+            logits, codes = probe(images)
+            return np.roll(logits, 1, axis=1), codes
+
+        answer.unrounded = probe.unrounded
+        return answer
+
+
+@pytest.mark.parametrize("bits", [(8, 8, 8), (4, 4, 8), (2, 2, None)], ids=str)
+def test_a_difference_is_no_excuse_for_itself(bits, written, images):
+    network, path = written(*bits)
+    parity = verify.measure_parity(network, path, images, runtime=Turned())
+    assert parity.untied_disagreements >= 0.9 * len(images)
+    with pytest.raises(
+        ExportError, match=r"^logits: test_verify and the student must give the same class on 95% of the images"
+    ):
+        # Otherwise the local check is there first.
+        verify.assert_parity(replace(parity, logit_error=0.0))
+
+
+def test_nothing_but_a_runtime_and_a_target_needs_the_libraries_of_onnx():
+    script = (
+        "import sys\n"
+        "for name in ('onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'ml_dtypes'): sys.modules[name] = None\n"
+        "import reverie, reverie.pipeline, reverie.export._certificate, reverie.export.torch, reverie.report.metrics\n"
+        "from reverie import runtimes\n"
+        "try: runtimes.load('onnxruntime')\n"
+        "except reverie.ConfigError as error: print(error)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert told.startswith("runtime 'onnxruntime': must be installed, got no module 'onnx")
+
+
+def test_messages_name_the_runtime():
+    with pytest.raises(ExportError, match=r"^logits: openvino must compute them"):
+        verify.assert_parity(replace(SOUND, runtime="openvino", logit_error=0.25))
+
+
+class Merging:
+    """ONNX Runtime that pretends not to see a tensor, as if it were merged into a sum."""
+
+    library, reads = "onnxruntime", frozenset({".onnx"})
+
+    def __init__(self, hidden):
+        self.hidden = hidden
+
+    def open(self, path, *, threads=1):
+        return OnnxRuntime().open(path, threads=threads)
+
+    def probe(self, path, names, *, threads=1):
+        probe = OnnxRuntime().probe(path, [name for name in names if name != self.hidden], threads=threads)
+        return replace(probe, unrounded=frozenset({self.hidden}))
+
+    def float_layers(self, path, layers):
+        return list(layers)
+
+
+def test_what_a_runtime_leaves_unrounded_is_compared_unrounded(written, images):
+    network, path = written(8, 8, 8)
+    parity = verify.measure_parity(network, path, images, runtime=Merging("expand"))
+    assert parity.unrounded == ("expand",)
+    assert parity.per_tensor.keys() == network.activations.keys() - {"expand"}
+    # ONNX Runtime does round it, so the sum behind it, and nothing else, differs from the sum of what was not rounded.
+    shares = {name: tensor.differing_share for name, tensor in parity.per_tensor.items()}
+    assert shares.pop("relu_2") > 0.05
+    assert max(shares.values()) < 1e-3
+    assert parity.max_code_difference == 1
+
+
 def test_layers_left_in_float_are_named(w4a4, float_file):
     network, path = w4a4
-    assert verify.float_layers(path, network.layers) == []
+    assert OnnxRuntime().float_layers(path, network.layers) == []
     with pytest.raises(ExportError) as caught:
         verify.assert_integer(float_file, network)
     assert str(caught.value) == (
@@ -166,7 +261,7 @@ def test_a_file_that_onnxruntime_cannot_load_is_refused(tmp_path):
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not a model")
     with pytest.raises(ExportError) as caught:
-        verify.open_session(path)
+        OnnxRuntime().open(path)
     assert str(caught.value) == (
         f"onnxruntime: it must load {path}, got '[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : "
         f"Load model from {path} failed:Protobuf parsing failed.'; try another version of onnxruntime"
@@ -175,7 +270,8 @@ def test_a_file_that_onnxruntime_cannot_load_is_refused(tmp_path):
 
 def test_latency_is_measured_for_every_file_with_ordered_quartiles(w4a4, float_file):
     _, path = w4a4
-    measured = latency({"fp32": float_file, "quantized": path}, (3, 16, 16), batch=2, repeats=8, warmup=1)
+    sessions = {name: OnnxRuntime().open(file) for name, file in (("fp32", float_file), ("quantized", path))}
+    measured = latency(sessions, (3, 16, 16), batch=2, repeats=8, warmup=1)
     assert measured.keys() == {"fp32", "quantized"}
     for value in measured.values():
         assert 0 < value.lower_quartile <= value.median <= value.upper_quartile

@@ -10,7 +10,11 @@ from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, place
 from reverie.graph.quantized import finish
+from reverie.graph.taps import tap
 from reverie.grid import Grid, symmetric_qparams
+from reverie.observers.minmax import MinMax
+from reverie.progress import Silent
+from reverie.recovery.ranges import calibrate_activations
 
 
 class Small(nn.Module):
@@ -220,3 +224,19 @@ def test_a_layer_used_twice_is_finished_for_each_use():
     x = torch.randn(3, 4)
     assert [layer.weight for layer in quantized.layers.values()] == ["layer.weight_of_layer", "layer.weight_of_layer_1"]
     assert torch.equal(quantized.graph(x), student.graph(x))
+
+
+def test_symmetric_activations_are_on_signed_grids_whose_zero_point_is_zero(tiny_cnn):
+    network = tiny_cnn()
+    graph = fold_batch_norms(capture(network.module, (3, 16, 16)))
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    student = place(graph, "integer", weight_bits=8, activation_bits=5, end_bits=8, symmetric=True)
+    calibrate_activations(graph, student, images, MinMax(), batch=4, progress=Silent())
+    values = tap(graph, student.activations)(images)
+    assert {quantizer.grid for quantizer in student.activations.values()} == {Grid(5), Grid(8)}
+    for name, quantizer in student.activations.items():
+        assert int(quantizer.zero_point) == 0
+        largest = max(
+            float(values[name].max()) / quantizer.grid.quant_max, float(values[name].min()) / quantizer.grid.quant_min
+        )
+        assert float(quantizer.scale) == pytest.approx(largest)

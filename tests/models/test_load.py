@@ -23,12 +23,12 @@ def accuracy(network: Network) -> float:
     [
         (
             "resnet18",
-            "a network must be SOURCE:NAME with SOURCE one of embedded, package, timm, torchvision, "
-            "or path/to/file.py:FACTORY, got 'resnet18'",
+            "a network must be SOURCE:NAME with SOURCE one of embedded, onnx, package, timm, torchvision, "
+            "or path/to/file.py:FACTORY, got 'resnet18'; did you mean 'timm:resnet18'?",
         ),
         (
             "embeded:digits",
-            "unknown network source 'embeded'; choose one of embedded, package, timm, torchvision, or did you mean 'embedded'?",
+            "unknown network source 'embeded'; choose one of embedded, onnx, package, timm, torchvision, or did you mean 'embedded'?",
         ),
         ("embedded:digit", "unknown embedded network 'digit'; choose one of digits, or did you mean 'digits'?"),
         (
@@ -36,7 +36,7 @@ def accuracy(network: Network) -> float:
             "unknown package network 'mobilenet'; choose one of efficientnet_lite0, efficientnet_lite1, "
             "efficientnet_lite2, mobilenet_v2, or did you mean 'mobilenet_v2'?",
         ),
-        ("net.py", "net.py: input_size, mean, std, classes must be given, got nothing; a Python file does not say them"),
+        ("net.py", "net.py: input_size, mean, std, classes must be given, got nothing; its file does not say them"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused(name, message):
@@ -72,8 +72,8 @@ def test_weights_that_are_not_finite_are_refused(tiny_cnn):
 def test_importing_the_sources_imports_none_of_their_libraries():
     program = (
         "import sys, reverie.models, reverie.models.embedded, reverie.models.timm, reverie.models.torchvision, "
-        "reverie.models.package, reverie.models.file\n"
-        "print(*{'timm', 'torchvision', 'sklearn'} & set(sys.modules))"
+        "reverie.models.package, reverie.models.file, reverie.models.onnx\n"
+        "print(*{'timm', 'torchvision', 'sklearn', 'onnx', 'onnxruntime'} & set(sys.modules))"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "", "")

@@ -1,14 +1,19 @@
 """Weight files: what is read, what is refused, and how a file that does not fit is described."""
 
+import importlib.util
+import os
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
+from reverie import received
 from reverie.errors import ConfigError, ModelError
-from reverie.models import _weights
+from reverie.models import _weights, load
+from reverie.models._torchvision_import import torchvision
 
 
 @pytest.fixture
@@ -111,3 +116,67 @@ def test_counters_that_old_checkpoints_lack_may_be_missing():
     state = {key: value for key, value in source.state_dict().items() if key != "num_batches_tracked"}
     _weights.fit_(target, state)
     assert torch.equal(target.running_mean, torch.arange(4.0))
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_weight_file_is_refused_and_not_executed(tmp_path, state, zipped):
+    mark, path = tmp_path / "executed", tmp_path / "net.pt"
+    torch.save(dict(state) | {"more": Touch(mark)}, path, _use_new_zipfile_serialization=zipped)
+    assert message_of(path).endswith("; save model.state_dict() in place of the model")
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists()
+
+
+def test_a_weight_file_that_blows_up_is_refused(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(received, "FREE_BYTES", 1000)
+    path = tmp_path / "net.pt"
+    torch.save(state, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in whole.namelist():
+            bomb.writestr(name, whole.read(name))
+        bomb.writestr("archive/zeros", bytes(1 << 20))
+    assert "is it a decompression bomb?" in message_of(path)
+
+
+def test_a_tensor_that_is_no_plain_one_is_refused(tmp_path, state):
+    path = tmp_path / "net.pt"
+    torch.save(dict(state) | {"weight": torch.eye(3).to_sparse()}, path)
+    assert message_of(path) == (
+        f"{path}: weights must be dense tensors of real numbers, got another kind at 'weight'; save the network in full precision"
+    )
+
+
+def test_a_pipe_in_place_of_weights_does_not_keep_us_waiting(tmp_path):
+    path = tmp_path / "net.pt"
+    os.mkfifo(path)
+    assert message_of(path) == f"{path}: must be a file, got a pipe; check the path"
+
+
+def test_a_tampered_download_of_torchvision_is_not_executed(tmp_path, monkeypatch):
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    models = torchvision().models
+    mark, folder = tmp_path / "executed", tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = models.get_model_weights("squeezenet1_1").DEFAULT.url
+    torch.save({"weights": Touch(mark)}, folder / Path(url).name)
+    with pytest.raises(ModelError) as caught:
+        load("torchvision:squeezenet1_1")
+    assert str(caught.value) == (
+        f"torchvision:squeezenet1_1: weights must be tensors alone, got a pickle that needs more; delete {Path(url).name} below "
+        f"{tmp_path / 'hub'}, and run the same command again"
+    )
+    assert not mark.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

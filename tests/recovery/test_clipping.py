@@ -84,7 +84,7 @@ def test_a_killed_excitation_goes_on_to_the_same_images(teacher, tmp_path):
     settings = Clipping(images=6, steps=5, batch=4)
     with pytest.raises(Killed):
         excited(teacher, settings, checkpoints=Dying(tmp_path))
-    assert [file.name for file in tmp_path.iterdir()] == ["excited-0.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["excited-0-unfinished.safetensors"]
     assert torch.equal(excited(teacher, settings, checkpoints=Folder(tmp_path)), excited(teacher, settings))
 
 

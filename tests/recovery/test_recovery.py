@@ -100,6 +100,52 @@ def test_more_bits_are_never_worse(reference, inputs):
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"unit": "block", "learned_ranges": True, "drop": 0.5, "patience": 2},
+        {"unit": "block", "learned_ranges": True, "weights_first": True, "fisher": True},
+        {"unit": "network", "learned_ranges": True, "learned_steps": True, "drop": 0.5},
+    ],
+    ids=["adaround", "qdrop", "brecq", "genie_m"],
+)
+def test_a_reconstruction_that_is_killed_in_the_middle_of_units_goes_on_to_the_same_codes(
+    reference, inputs, tmp_path, settings
+):
+    class Killed(Exception):
+        pass
+
+    class Dying(Folder):
+        saves = 0
+
+        def save(self, name, part):
+            super().save(name, part)
+            self.saves += 1
+            # Far enough to get a unit done at a time, and never where the last one died.
+            if self.saves == 7:
+                raise Killed
+
+    settings = {"iterations": 20} | settings
+    whole = calibrated(reference, inputs)
+    told = rounded(whole, reference, inputs, AdaRound(), **settings)
+    kills, resumed = 0, None
+    while resumed is None:
+        student = calibrated(reference, inputs)
+        try:
+            again = rounded(student, reference, inputs, AdaRound(), checkpoints=Dying(tmp_path), **settings)
+            resumed = student
+        except Killed:
+            kills += 1
+    assert kills >= 2
+    assert again == told
+    for name in whole.weights:
+        assert torch.equal(whole.weights[name].codes, resumed.weights[name].codes)
+        assert torch.equal(whole.weights[name].scale, resumed.weights[name].scale)
+    for name in whole.activations:
+        assert torch.equal(whole.activations[name].scale, resumed.activations[name].scale)
+
+
 @pytest.mark.parametrize("settings", [{}, {"unit": "block", "learned_ranges": True, "drop": 0.5}], ids=["adaround", "qdrop"])
 def test_a_killed_reconstruction_goes_on_to_the_same_codes(reference, inputs, tmp_path, settings):
     class Killed(Exception):
@@ -111,6 +157,7 @@ def test_a_killed_reconstruction_goes_on_to_the_same_codes(reference, inputs, tm
             if name == "codes-1":
                 raise Killed
 
+    settings = {"iterations": 30} | settings
     whole, broken, resumed = (calibrated(reference, inputs) for _ in range(3))
     rounded(whole, reference, inputs, AdaRound(), **settings)
     with pytest.raises(Killed):

@@ -1,8 +1,10 @@
 """Numbers of runs, as `metrics.json` holds them: with labels, without, and without an exported file."""
 
 import copy
+import json
 
 import pytest
+from PIL import Image
 
 LABELLED = {
     "network": {"name": "tiny", "fingerprint": "0123", "classes": 3},
@@ -70,3 +72,85 @@ def simulated(labelled):
         del answers["exported"]
     del labelled["difference"]["exported"]
     return labelled | {"exported": {"top1": None}, "latency_ms": None, "parity": None, "bytes": {"network": 900}}
+
+
+SHEET = {
+    "file": "thumbnails.png",
+    "size": [16, 16],
+    "columns": 4,
+    "rows": 1,
+    "by_class": True,
+    "items": [
+        {"set": "zeroq", "class": 0, "top": [[0, 0.9], [1, 0.1]]},
+        {"set": "zeroq", "class": 1, "top": [[2, 0.6], [1, 0.4]]},
+        {"set": "real", "class": 0, "top": [[0, 1.0], [1, 0.0]]},
+        {"set": "real", "class": 2, "top": [[2, 0.7], [1, 0.3]]},
+    ],
+}
+DETAILS = {
+    "thumbnails": SHEET,
+    "plane": {
+        "shares": [0.5, 0.25],
+        "sets": {
+            "zeroq": {"points": [[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]], "classes": [0, 1, 2]},
+            "real": {"points": [[0.25, 1.0], [1.0, 0.25]], "classes": [0, 1]},
+        },
+    },
+    "deviations": {
+        "layers": ["conv1_batch_norm", "conv2_batch_norm"],
+        "sets": {"zeroq": {"off": [0.1, 0.2], "spread": [0.2, 0.3]}, "real": {"off": [0.0, 0.1], "spread": [0.3, 0.4]}},
+        "histograms": [
+            {"layer": "conv1_batch_norm", "reach": 1.5, "sets": {"zeroq": [0.25, 0.5, 0.25], "real": [0.5, 0.25, 0.25]}}
+        ],
+    },
+    "losses": {
+        "synthesize": {"steps": [0, 1, 2], "losses": [4.0, 2.0, 1.0]},
+        "distil": {"steps": [0, 9], "losses": [0.5, 0.25]},
+    },
+    "looked_at": "evaluation",
+    "tensors": [
+        {
+            "name": name,
+            "kind": kind,
+            "bits": bits,
+            "sqnr": sqnr,
+            "student_sqnr": sqnr - 1,
+            "max_error": 0.5,
+            "clipped": clipped,
+            "scale": [0.01, 0.02],
+            "unit": "step" if kind == "weight" else "value",
+            "low": -8.0,
+            "high": 7.0,
+            "step": 1.0,
+            "from": -9.0,
+            "to": 9.0,
+            "counts": [1, 5, 25, 5, 1, 0],
+        }
+        for name, kind, bits, sqnr, clipped in (
+            ("layer2", "weight", 4, 21.5, 0.01),
+            ("layer10", "weight", 4, 9.5, 0.02),
+            ("layer1", "weight", 8, 45.0, 0.0),
+            ("relu", "activation", 8, 40.0, 0.0),
+        )
+    ],
+}
+
+
+@pytest.fixture
+def detailed(labelled, tmp_path):
+    """A run directory with everything that the report draws; `labelled` has what changed by class."""
+    labelled["by_class"] = {
+        "classes": [
+            {"class": 0, "images": 100, "full_precision": 0.9, "quantized": 0.88},
+            {"class": 1, "images": 60, "full_precision": 0.9, "quantized": 0.95},
+            {"class": 2, "images": 40, "full_precision": 1.0, "quantized": 1.0},
+        ],
+        "pairs": [{"label": 0, "answer": 2, "full_precision": 3, "quantized": 5}],
+        "lost": 1,
+        "gained": 1,
+        "change": [[-2, 0, 2], [-3, 3, 0], [0, 0, 0]],
+    }
+    (tmp_path / "plots").mkdir()
+    Image.new("RGB", (64, 16), "teal").save(tmp_path / "plots" / "thumbnails.png")
+    (tmp_path / "details.json").write_text(json.dumps(DETAILS))
+    return tmp_path

@@ -13,12 +13,22 @@ from reverie.errors import ModelError
 from reverie.images import Images
 from reverie.models import InputContract, Network
 from reverie.recipe import read
-from reverie.report import plots
+from reverie.report import features, plots
 from reverie.report.render import render
 from reverie.stages import as_teacher
 
 RECORD = {"versions": {"threads": 2, "onnxruntime": "1"}, "facts": {"options": {}, "device": "cpu"}}
-PLOTS = [plots.feature_plane, plots.deviation_histograms]
+
+
+def draw_plane(path, teacher, sets):
+    plots.feature_plane(path, features.plane(teacher, sets), teacher.classes)
+
+
+def draw_deviations(path, teacher, sets):
+    plots.deviation_histograms(path, features.deviations(teacher, sets))
+
+
+PLOTS = [draw_plane, draw_deviations]
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +63,13 @@ def test_a_plot_is_a_whole_png_and_the_same_twice(plot, tmp_path, teacher, sets)
     [(1, (6.3, 6.9)), (2, (6.3, 3.9)), (3, (9.3, 3.9)), (4, (12.3, 3.9)), (5, (9.3, 6.9))],
 )
 def test_the_planes_are_side_by_side_at_most_four_in_a_row(tmp_path, teacher, sets, count, size):
-    plots.feature_plane(tmp_path / "x.png", teacher, {str(number): sets["noise"] for number in range(count)})
+    draw_plane(tmp_path / "x.png", teacher, {str(number): sets["noise"] for number in range(count)})
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == pytest.approx([150 * inches for inches in size], abs=1)
 
 
 def test_the_histograms_have_a_panel_for_each_of_three_batch_norms(tmp_path, teacher, sets):
-    plots.deviation_histograms(tmp_path / "x.png", teacher, sets)
+    draw_deviations(tmp_path / "x.png", teacher, sets)
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == pytest.approx([150 * (3 * 2.4 + 0.3), 150 * (1.8 + 0.9)], abs=1)
 
@@ -73,7 +83,7 @@ def test_the_plane_is_that_of_numpy_with_each_set_weighing_the_same():
     values, vectors = np.linalg.eigh(covariance)
     plane = vectors[:, ::-1][:, :2]
     plane = plane * np.sign(plane[np.abs(plane).argmax(0), [0, 1]])
-    (first, second), shares = plots.principal_plane([one, two])
+    (first, second), shares = features.principal_plane([one, two])
     np.testing.assert_allclose(first.numpy(), (a - origin) @ plane, atol=1e-4)
     np.testing.assert_allclose(second.numpy(), (b - origin) @ plane, atol=1e-4)
     assert shares == pytest.approx(tuple(values[::-1][:2] / values.sum()), rel=1e-4)
@@ -81,9 +91,9 @@ def test_the_plane_is_that_of_numpy_with_each_set_weighing_the_same():
 
 def test_the_plane_does_not_turn_with_the_order_or_number_of_images():
     rows = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 2, 1, 1, 1, 1])
-    (straight,), _ = plots.principal_plane([rows])
-    (turned,), _ = plots.principal_plane([rows.flip(0)])
-    (twice,), _ = plots.principal_plane([rows.repeat(2, 1)])
+    (straight,), _ = features.principal_plane([rows])
+    (turned,), _ = features.principal_plane([rows.flip(0)])
+    (twice,), _ = features.principal_plane([rows.repeat(2, 1)])
     assert torch.allclose(straight, turned.flip(0), atol=1e-4)
     assert torch.allclose(straight, twice[:30], atol=1e-4)
 
@@ -93,20 +103,19 @@ def test_the_deviations_are_those_of_each_image_alone(teacher, sets, tiny_cnn):
     norm, observed = module[4], teacher.batch_norms[1]
     with torch.no_grad():
         means = module[:4](inputs).mean((2, 3))
-    found = plots._deviations(teacher, sets["real"], [observed])[observed.name]
+    found = features.deviations(teacher, {"real": sets["real"]})["real"][observed.name]
     assert torch.allclose(found, (means - norm.running_mean) / norm.running_var.sqrt(), atol=1e-4)
 
 
 def test_noise_is_off_and_images_that_are_one_image_do_not_spread():
     many = torch.tensor([[1.0, -2.0], [3.0, -2.0]])
-    assert plots._off_and_spread([many]) == "off by 2.00, spread 0.50"
-    assert plots._off_and_spread([many[:1].expand(4, -1)]) == "off by 1.50, spread 0.00"
+    assert plots._told([many]) == "off by 2.00, spread 0.50"
+    assert plots._told([many[:1].expand(4, -1)]) == "off by 1.50, spread 0.00"
 
 
-def test_images_that_do_not_deviate_can_be_drawn(tmp_path, teacher, monkeypatch):
+def test_images_that_do_not_deviate_can_be_drawn(tmp_path, teacher):
     same = {norm.name: torch.zeros(4, len(norm.mean)) for norm in teacher.batch_norms}
-    monkeypatch.setattr(plots, "_deviations", lambda *_: same)
-    plots.deviation_histograms(tmp_path / "x.png", teacher, {"same": Images(inputs=torch.zeros(4, 3, 16, 16))})
+    plots.deviation_histograms(tmp_path / "x.png", {"same": same})
     assert (tmp_path / "x.png").is_file()
 
 
@@ -115,8 +124,8 @@ def test_a_network_of_many_classes_without_batch_norms_has_a_plane_and_no_histog
     module = nn.Sequential(nn.Flatten(), nn.Linear(12, 40)).eval()
     bare = as_teacher(Network(name="bare", module=module, input=contract, classes=40))
     some = {"some": Images(inputs=torch.rand(8, 3, 2, 2), sources=("x",) * 8)}
-    plots.deviation_histograms(tmp_path / "deviations.png", bare, some)
-    plots.feature_plane(tmp_path / "features.png", bare, some)
+    draw_deviations(tmp_path / "deviations.png", bare, some)
+    draw_plane(tmp_path / "features.png", bare, some)
     assert [path.name for path in tmp_path.iterdir()] == ["features.png"]
 
 

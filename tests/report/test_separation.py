@@ -212,10 +212,10 @@ def test_the_page_has_a_column_for_each_set_and_a_row_for_each_measure_that_is_k
         "zeroq": dict.fromkeys(separation.MEASURES) | {"inter_class_separation": 0.043, "intra_class_spread": 0.07},
     }
     html = render(labelled, read("adaround"), RECORD, tmp_path)
-    assert "<tr><th></th><th>real</th><th>zeroq</th></tr>" in html
-    assert "mean squared distance of their centres</span></td><td>0.113</td><td>0.043</td></tr>" in html
-    assert "mean squared distance to its centre</span></td><td>-</td><td>0.07</td></tr>" in html
-    assert "<td>coverage<br>" not in html
+    assert '<tr><td></td><th scope="col">real</th><th scope="col">zeroq</th></tr>' in html
+    assert "mean squared distance of their centres</span></th><td>0.113</td><td>0.043</td></tr>" in html
+    assert "mean squared distance to its centre</span></th><td>-</td><td>0.07</td></tr>" in html
+    assert ">coverage<br>" not in html
     assert "the yardstick for the others" in html
 
 
@@ -225,7 +225,7 @@ def test_every_measure_is_explained_on_the_page(labelled, tmp_path, described):
     for measure in (
         "inter-class separation", "intra-class spread", "separation ratio", "centre distance to real", "coverage",
     ):  # fmt: skip
-        assert f"<td>{measure}<br><span" in html
+        assert f'<th scope="row">{measure}<br><span' in html
 
 
 def test_a_run_from_before_these_measures_has_a_page_without_them(labelled, tmp_path):

@@ -7,7 +7,7 @@ The files import at their top only what reading the command line takes; torch co
     0             done
     1             a `ReverieError`: one line on standard error says what to change
     2             wrong usage: an unknown option, a missing argument, a value that is no number
-    130           interrupted; the same command goes on from there
+    130           interrupted; `reverie resume RUN`, or the same command, goes on from there (143: by SIGTERM)
 
 Anything else is our bug and shows its traceback.
 """
@@ -16,11 +16,30 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnknownCommandError, UnknownOptionError
 
 import reverie
-from reverie.cli import capsule, diagnose, evaluate, export, inspect, methods, quantize, recipe, synthesize
-from reverie.errors import ReverieError
+from reverie.cli import (
+    benchmark,
+    capsule,
+    compare,
+    completion,
+    diagnose,
+    evaluate,
+    export,
+    images,
+    inspect,
+    methods,
+    push,
+    quantize,
+    recipe,
+    resume,
+    runs,
+    synthesize,
+    verify,
+)
+from reverie.errors import ReverieError, nearest, unknown
+from reverie.interrupts import Interrupted
 
 app = App(
     name="reverie",
@@ -36,14 +55,22 @@ app = App(
 )
 for command in (
     quantize.quantize,
+    resume.resume,
     synthesize.synthesize,
     capsule.capsule,
     evaluate.evaluate,
     diagnose.diagnose,
     export.export,
+    verify.verify,
+    benchmark.benchmark,
+    images.images,
+    runs.runs,
+    compare.compare,
+    push.push,
     inspect.inspect,
     methods.methods,
     recipe.recipe,
+    completion.completion,
 ):
     app.command(command)
 
@@ -53,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(sys.argv[1:] if argv is None else list(argv), verbose=False)
     except CycloptsError as error:
-        return _failed(2, f"{_one_line(error)} See --help.")
+        return _failed(2, _wrong_usage(error))
     except ReverieError as error:
         return _failed(1, _one_line(error))
+    except Interrupted as error:
+        return _failed(128 + error.number, str(error))
     except KeyboardInterrupt:
         return _failed(130, "interrupted; run the same command again to resume")
     except BrokenPipeError:
@@ -65,10 +94,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _wrong_usage(error: CycloptsError) -> str:
+    """What is wrong with the words of the command line, and the nearest that would be right."""
+    if isinstance(error, UnknownCommandError):
+        word = (error.unused_tokens or [""])[0]
+        if word.startswith("-"):
+            return f"unknown option {word!r}; `reverie --help` lists them, and options of a command stand behind it"
+        return str(unknown("command", word, [name for name in app if not name.startswith("-")]))
+    if isinstance(error, UnknownOptionError):
+        command, option = " ".join(error.command_chain or ()), error.token.keyword or error.token.value
+        near = nearest(option, [name for argument in error.argument_collection for name in argument.names])
+        hint = f"did you mean {near}?" if near else f"`{f'reverie {command}'.strip()} --help` lists them"
+        return f"unknown option {option!r}{f' of {command}' if command else ''}; {hint}"
+    return f"{_one_line(error)} See --help."
+
+
 def _failed(status: int, message: str) -> int:
     sys.stderr.write(f"reverie: {message}\n")
     return status
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    # A file's name may hold what moves a terminal's cursor.
+    text = " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -27,22 +27,23 @@ def _check_pair(_: object, value: object) -> None:
 
 
 Numbers = Annotated[tuple[float, ...] | None, Parameter(converter=_numbers, n_tokens=1)]
+Target = Annotated[str, Parameter(name="--for")]
 Settings = Annotated[tuple[str, ...] | None, Parameter(name="--set", validator=_check_pair)]
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """What a network from a Python file does not say itself.
+    """What a network from a Python or ONNX file does not say itself.
 
     Args:
-        weights: Of a network from a Python file: state dict, .safetensors, .pt or .pth.
-        input_size: Of a network from a Python file: side of its square input, pixels.
-        mean: Of a network from a Python file: means of pixels in 0..1, such as 0.485,0.456,0.406.
-        std: Of a network from a Python file: standard deviations of pixels in 0..1, such as 0.229,0.224,0.225.
-        classes: Of a network from a Python file: number of classes.
-        resize: Of a network from a Python file: shorter side of image files before the centre crop, pixels.
-        interpolation: Of a network from a Python file: how image files are resized: nearest, bilinear, bicubic, lanczos.
+        weights: Of a network from a Python file: state dict, .safetensors, .pt or .pth; only read, code in it is refused.
+        input_size: Of a network from a file: side of its square input, pixels; an ONNX file may say it.
+        mean: Of a network from a file: means of pixels in 0..1, such as 0.485,0.456,0.406.
+        std: Of a network from a file: standard deviations of pixels in 0..1, such as 0.229,0.224,0.225.
+        classes: Of a network from a file: number of classes; an ONNX file says it.
+        resize: Of a network from a file: shorter side of image files before the centre crop, pixels.
+        interpolation: Of a network from a file: how image files are resized: nearest, bilinear, bicubic, lanczos.
     """
 
     weights: Path | None = None

@@ -1,13 +1,41 @@
 """What commands read back from a run directory."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reverie.cli._options import NetworkOptions
-from reverie.errors import ConfigError
+from reverie.errors import ConfigError, at
 
 if TYPE_CHECKING:
+    from reverie.graph.quantized import QuantizedNetwork
     from reverie.models import Network
+
+# Of the files that emitters write, and which runtime they are made for.
+_MADE_FOR = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What run.json tells of how the network was loaded; `models.load` refuses others."""
+
+    weights: str | None = None
+    input_size: int | tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    classes: int | None = None
+    resize: int | None = None
+    interpolation: str | None = None
+    pretrained: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What run.json tells of the network and of the files."""
+
+    network: str
+    options: _Options
+    sha256: dict[str, str] | None = None
 
 
 def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Network":
@@ -23,10 +51,12 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
     from reverie import models
     from reverie.runs import read_record
 
-    record = read_record(run)
-    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in record["facts"]["options"].items()}
-    network = models.load(name or record["facts"]["network"], **kept | options.given())
-    quantized = record["identity"]["network"]
+    facts, identity = _facts(run), read_record(run)["identity"]
+    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in facts["options"].items()}
+    if name is None:
+        _check_code(run, facts["network"])
+    network = models.load(name or facts["network"], **kept | options.given())
+    quantized = identity.get("network")
     if network.fingerprint != quantized:
         raise ConfigError(
             f"{run}: must be of this very network ({quantized}), got {network.name} with other weights "
@@ -35,22 +65,95 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
     return network
 
 
-def exported_file(run: Path) -> Path:
-    """`network.onnx` of a complete run."""
-    return _file(run, "network.onnx", "`reverie export` makes one")
+def _check_code(run: Path, network: str) -> None:
+    """Refuses a network whose Python file came with the run: it would be executed because a file says so, and not the user."""
+    file = Path(network.rpartition(":")[0])
+    if file.suffix == ".py" and file.resolve().is_relative_to(run.resolve()):
+        raise ConfigError(
+            f"{run}: must name a network outside of this folder, got {file}, which is code that would be executed; "
+            f"read it, and give --network {network} if you trust it"
+        )
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    from reverie import received
+    from reverie.records import PUT_BACK
+    from reverie.runs import read_record
+
+    facts: dict[str, Any] = read_record(run)["facts"]
+    with at(f"{run / 'run.json'}: facts"):
+        received.check_structure(facts, _Facts, PUT_BACK)
+    return facts
+
+
+def exported_files(run: Path) -> list[Path]:
+    """The exported files of a complete run, `network.onnx` first if it is there; their certificates say whether they were changed.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    _complete(run)
+    found = sorted(file for file in run.glob("network*") if file.suffix in _MADE_FOR)
+    if not found:
+        raise ConfigError(f"{run}: must hold an exported network, got none; `reverie export` makes one")
+    return sorted(found, key=lambda file: file.name != "network.onnx")
+
+
+def exported_file(run: Path, name: str | None = None) -> Path:
+    """One exported file of a complete run: the one called `name`, or the first.
+
+    Raises:
+        ConfigError: There is none, or none of that name.
+    """
+    found = {file.name: file for file in exported_files(run)}
+    if name is None:
+        return next(iter(found.values()))
+    if name not in found:
+        raise ConfigError(f"--file must be one of {', '.join(found)}, got {name!r}; `reverie export` makes others")
+    return found[name]
+
+
+def runtime_of(file: Path) -> str:
+    """The runtime that an exported file is made for."""
+    return _MADE_FOR[file.suffix]
 
 
 def packed_file(run: Path) -> Path:
-    """`network.safetensors` of a complete run."""
+    """`network.safetensors` of a complete run, as the run left it."""
     return _file(run, "network.safetensors", "run `reverie quantize` to its end")
 
 
-def _file(run: Path, name: str, cure: str) -> Path:
+def restored(run: Path, network: "Network") -> "QuantizedNetwork":
+    """The integer model of a complete run.
+
+    Args:
+        network: The full-precision network of the run.
+    """
+    from reverie import recipe, stages
+    from reverie.export._packed import restore, stored_bits
+    from reverie.runs import check_hash
+
+    packed = packed_file(run)
+    check_hash(run, run / "recipe.toml")
+    resolved, bits = recipe.read(str(run / "recipe.toml")), stored_bits(packed)
+    _, student = stages.student_of(stages.as_teacher(network).graph, resolved.quantization, bits)
+    return restore(student, packed)
+
+
+def _complete(run: Path) -> None:
     from reverie.runs import read_record
 
+    _facts(run)
     if not read_record(run)["complete"]:
         raise ConfigError(f"{run}: must be a complete run, got an interrupted one; run the same `reverie quantize` again")
+
+
+def _file(run: Path, name: str, cure: str) -> Path:
+    from reverie.runs import check_hash
+
+    _complete(run)
     file = run / name
     if not file.is_file():
         raise ConfigError(f"{run}: must hold {name}, got none; {cure}")
+    check_hash(run, file)
     return file

@@ -31,8 +31,8 @@ def capsule(
     Example: reverie capsule embedded:digits --calibration digits/one-each --output centres.safetensors
 
     Args:
-        network: Such as embedded:digits, timm:resnet18, torchvision:resnet50, package:mobilenet_v2 or
-            path/to/file.py:factory.
+        network: Such as embedded:digits, timm:resnet18, torchvision:resnet50, package:mobilenet_v2,
+            path/to/file.py:factory or path/to/network.onnx.
         calibration: Folder (or .npz, .safetensors) of labelled real images, best at least one of each class.
         output: The file; an older capsule there is replaced.
         device: Where the network runs, such as cpu or cuda.

@@ -235,12 +235,10 @@ def _halves(images: "Images") -> tuple["Images", "Images"]:
 
 def _dreamt(recipe: "Recipe", teacher: "Teacher", count: int | None, progress: Progress) -> "Images":
     """The images that a run of the recipe would make, or fewer."""
-    import tempfile
-
     from reverie import stages
+    from reverie.checkpoints import Forgetful
 
-    with tempfile.TemporaryDirectory() as folder:
-        return stages.synthesize(recipe, teacher, count or recipe.images, "images", Path(folder), progress)
+    return stages.synthesize(recipe, teacher, count or recipe.images, "images", Forgetful(), progress)
 
 
 def _enough(teacher: "Teacher") -> int:
@@ -295,8 +293,8 @@ def _short(name: str, width: int = 28) -> str:
 
 def _write(found: "Treatment", file: Path, network: "Network", run: Path | None) -> str | None:
     """Writes the recipe, if something helped; the command that makes a run of it."""
+    from reverie.files import atomic_text
     from reverie.recipe import to_toml
-    from reverie.runs import atomic_text
 
     if not any(trial.kept for trial in found.trials):
         return None

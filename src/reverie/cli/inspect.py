@@ -10,8 +10,8 @@ def inspect(network: str, /, *, json: Json = False, options: NetworkOptions = NO
     Example: reverie inspect timm:resnet18
 
     Args:
-        network: Such as embedded:digits, timm:resnet18, torchvision:resnet50, package:mobilenet_v2 or
-            path/to/file.py:factory.
+        network: Such as embedded:digits, timm:resnet18, torchvision:resnet50, package:mobilenet_v2,
+            path/to/file.py:factory or path/to/network.onnx.
         json: Print it as one JSON document.
     """
     from reverie.graph.capture import capture

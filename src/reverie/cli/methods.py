@@ -14,6 +14,9 @@ _KINDS = {
     "observer (activations, weights)": "observers",
     "rounding": "rounding",
     "export": "export",
+    "runtime": "runtimes",
+    "images for other tools": "formats",
+    "logger": "loggers",
 }
 
 
@@ -28,7 +31,7 @@ class Method:
 
 
 def methods(*, json: bool = False) -> None:
-    """List every method that a recipe can name, every network source and export target, with their settings.
+    """List every method that a recipe can name, every network source, export target and form of images, with their settings.
 
     Example: reverie methods --json
 

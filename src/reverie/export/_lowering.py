@@ -2,13 +2,16 @@
 
 Two operators stand for all integer storage; in a file they become standard operators of the target:
 
-    through_codes(x)    codes = clamp(Q(x), low, high) in uint8;  value = (codes - zero_point) * scale
+    through_codes(x)    codes = clamp(Q(x), low, high) in a byte;  value = (codes - zero_point) * scale
     from_codes(codes)   value = codes * scale, one scale per output channel: int8 weights and int32 biases
 
 What else is rewritten, each exactly:
 
+- Every grid becomes one of a byte: codes are shifted together with their zero point, to uint8, or to int8 with zero point 0
+  for targets that have no other.
 - A clipping activation in front of a quantizer becomes part of it. Rounding is monotone, so `Q(min(x, b)) = min(Q(x),
-  Q(b))`, and bounds beyond the ends of the grid vanish. The ends of grids below 8 bits are bounds as well.
+  Q(b))`, and bounds beyond the ends of the byte vanish. The ends of grids below 8 bits are bounds as well. Targets that
+  compute nothing on codes get the bounds back as one clipping of values: `Q(min(x, D(c))) = min(Q(x), c)`.
 - A tensor that only moved (pooled by maximum, sliced, padded, reshaped) passes through the codes of its grid a second
   time: its values are on the grid already, and runtimes see that the operator works on integers.
 - A mean over height and width becomes the pooling that integer kernels exist for; what flattens it comes after.
@@ -19,6 +22,7 @@ Not here: any file format (the emitters), and the `literature` placement, which 
 import copy
 import operator
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +43,6 @@ from reverie.graph.operators import (
 from reverie.graph.quantized import QuantizedLayer, QuantizedNetwork
 from reverie.graph.quantizers import ActivationQuantizer
 from reverie.graph.taps import shapes
-from reverie.grid import quantize
 
 _PREFIX = "activation_quantizers."
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int})
@@ -48,12 +51,14 @@ _PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
 
 @torch.library.custom_op("reverie::through_codes", mutates_args=())
 def through_codes(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor | None, high: Tensor | None, name: str) -> Tensor:
-    """`x` put on a uint8 grid and taken back; `name` is the tensor's, empty for one that only moved.
+    """`x` put on a grid of bytes and taken back; `name` is the tensor's, empty for one that only moved.
 
     Args:
-        low, high: Bounds on the codes, uint8, broadcasting against `x`; None where the grid's own ends do.
+        zero_point: uint8 or int8, which codes are too.
+        low, high: Bounds on the codes, likewise, broadcasting against `x`; None where the ends of the byte do.
     """
-    codes = torch.clamp(torch.round(x / scale) + zero_point, 0, 255)
+    byte = torch.iinfo(zero_point.dtype)
+    codes = torch.clamp(torch.round(x / scale) + zero_point, byte.min, byte.max)
     if low is not None:
         codes = torch.maximum(codes, low.to(codes.dtype))
     if high is not None:
@@ -77,14 +82,30 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
-def lower(quantized: QuantizedNetwork, shape: tuple[int, ...]) -> fx.GraphModule:
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a target wants integers.
+
+    Args:
+        zero_points: Activations are uint8 with any zero point; else int8 with 0.
+        bounded_codes: It computes minimum and maximum of codes; else values are clipped in front of their quantization.
+        integer_biases: Biases are int32 on the accumulator's scale; else the same values in float.
+    """
+
+    zero_points: bool = True
+    bounded_codes: bool = True
+    integer_biases: bool = True
+
+
+def lower(quantized: QuantizedNetwork, shape: tuple[int, ...], form: Form) -> fx.GraphModule:
     """A copy of `quantized.graph` in which all that is stored or passed on as integers goes through the two operators.
 
     Args:
         shape: Of one input, without the batch.
 
     Raises:
-        ExportError: The placement is `literature`, or a weight is not on a symmetric signed grid.
+        ExportError: The placement is `literature`, a weight is not on a symmetric signed grid, or an activation is on a grid
+            that needs a zero point which the target does not have.
     """
     if quantized.kind != "integer":
         raise ExportError(
@@ -101,10 +122,10 @@ def lower(quantized: QuantizedNetwork, shape: tuple[int, ...]) -> fx.GraphModule
     pool_means(graph, shape)
     nodes = {node.name: node for node in graph.graph.nodes}
     for layer in quantized.layers.values():
-        _store_codes(graph, nodes[layer.name], layer)
+        _store_codes(graph, nodes[layer.name], layer, form)
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and str(node.target).startswith(_PREFIX):
-            _absorb_clipping(graph, node)
+            _absorb_clipping(graph, node, form)
     _repeat_behind_movers(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
@@ -168,14 +189,14 @@ def _quantizer(graph: fx.GraphModule, target: str) -> ActivationQuantizer:
     return quantizer
 
 
-def _store_codes(graph: fx.GraphModule, node: fx.Node, layer: QuantizedLayer) -> None:
+def _store_codes(graph: fx.GraphModule, node: fx.Node, layer: QuantizedLayer, form: Form) -> None:
     if not layer.grid.signed or bool(layer.zero_point.any()):
         raise ExportError(
             f"{layer.path}: the weight must be on a symmetric signed grid, got zero points "
             f"{layer.zero_point.min().item()} to {layer.zero_point.max().item()}; use symmetric weight ranges"
         )
     stored = [(1, layer.weight, layer.codes, layer.scale.flatten())]
-    if layer.bias_codes is not None:
+    if layer.bias_codes is not None and form.integer_biases:
         assert layer.bias is not None and layer.source is not None
         # The float32 product that BiasQuantizer.scale computes: the accumulator's own scale.
         scale = _quantizer(graph, f"{_PREFIX}{layer.source}").scale * layer.scale.cpu().flatten()
@@ -186,30 +207,75 @@ def _store_codes(graph: fx.GraphModule, node: fx.Node, layer: QuantizedLayer) ->
             node.update_arg(position, graph.graph.call_function(torch.ops.reverie.from_codes.default, read))
 
 
-def _absorb_clipping(graph: fx.GraphModule, call: fx.Node) -> None:
+def _byte_grid(name: str, quantizer: ActivationQuantizer, form: Form) -> tuple[Tensor, Tensor, int]:
+    """The code range of a quantizer in a byte (low and high end, of the byte's type), and its zero point there."""
+    zero_point, grid = int(quantizer.zero_point), quantizer.grid
+    centre = zero_point + 128 if grid.signed else zero_point
+    if not form.zero_points:
+        centre = 0
+        ends = (grid.quant_min - zero_point, grid.quant_max - zero_point)
+        if ends[0] < -128 or ends[1] > 127:
+            raise ExportError(
+                f"{name}: codes must be within -128 to 127 where there are no zero points, got {ends[0]} to {ends[1]}; quantize "
+                "with --set quantization.symmetric=true, or with activations of at most 7 bits (end_bits and sum_bits too)"
+            )
+    kind = torch.uint8 if form.zero_points else torch.int8
+    shift = centre - zero_point
+    low, high = (torch.tensor(end + shift, dtype=kind) for end in (grid.quant_min, grid.quant_max))
+    return low, high, centre
+
+
+def _absorb_clipping(graph: fx.GraphModule, call: fx.Node, form: Form) -> None:
     """Replaces a quantizer's call, and the clipping in front of it that nothing else reads, by `through_codes`."""
     name, source, quantizer = str(call.target).removeprefix(_PREFIX), call.args[0], _quantizer(graph, str(call.target))
-    assert isinstance(source, fx.Node) and not quantizer.grid.signed
-    scale, zero_point = quantizer.scale, quantizer.zero_point
-    low = torch.tensor(quantizer.grid.quant_min, dtype=torch.uint8)
-    high = torch.tensor(quantizer.grid.quant_max, dtype=torch.uint8)
+    assert isinstance(source, fx.Node)
+    low, high, centre = _byte_grid(name, quantizer, form)
+    byte, scale, zero_point = torch.iinfo(low.dtype), quantizer.scale.cpu(), torch.tensor(centre, dtype=low.dtype)
+    ends = int(low), int(high)
     clipped = source.target in CLIPPING and len(source.users) == 1 and all(map(constant, source.all_input_nodes[1:]))
     for bound, below in clipping_bounds(graph, source) if clipped else ():
-        code = quantize(bound, scale, zero_point, quantizer.grid).to(torch.uint8)
+        code = (torch.round(bound / scale) + centre).clamp(*ends).to(low.dtype)
         low, high = (torch.maximum(low, code), high) if below else (low, torch.minimum(high, code))
     if clipped:
         source = source.all_input_nodes[0]
+    bounds = (low if bool((low > byte.min).any()) else None, high if bool((high < byte.max).any()) else None)
+    if not form.bounded_codes:
+        values = [None if bound is None else (bound.to(scale.dtype) - centre) * scale for bound in bounds]
+        source, bounds = _clip(graph, source, f"{name}_grid", values[0], values[1], call), (None, None)
     prefix = f"{name}_grid"
     read: list[Any] = [
         _constant(graph, f"{prefix}.scale", scale, call),
-        _constant(graph, f"{prefix}.zero_point", zero_point.to(torch.uint8), call),
-        _constant(graph, f"{prefix}.low", low, call) if bool((low > 0).any()) else None,
-        _constant(graph, f"{prefix}.high", high, call) if bool((high < 255).any()) else None,
+        _constant(graph, f"{prefix}.zero_point", zero_point, call),
+        *(
+            None if bound is None else _constant(graph, f"{prefix}.{end}", bound, call)
+            for end, bound in zip(("low", "high"), bounds, strict=True)
+        ),
     ]
     with graph.graph.inserting_before(call):
         through = graph.graph.call_function(torch.ops.reverie.through_codes.default, (source, *read, name))
     call.replace_all_uses_with(through)
     graph.graph.erase_node(call)
+
+
+def _clip(
+    graph: fx.GraphModule, source: fx.Node, prefix: str, low: Tensor | None, high: Tensor | None, before: fx.Node
+) -> fx.Node:
+    """`source` within bounds on its values, by the operator that runtimes know best."""
+    if low is None and high is None:
+        return source
+    whole = all(bound is None or bound.numel() == 1 for bound in (low, high))
+    if whole:
+        ends = tuple(None if bound is None else bound.item() for bound in (low, high))
+        with graph.graph.inserting_before(before):
+            if ends == (0.0, None):
+                return graph.graph.call_function(aten.relu.default, (source,))
+            return graph.graph.call_function(aten.clamp.default, (source, *ends))
+    stored = tuple(
+        None if bound is None else _constant(graph, f"{prefix}.{end}", bound, before)
+        for end, bound in (("lowest", low), ("highest", high))
+    )
+    with graph.graph.inserting_before(before):
+        return graph.graph.call_function(aten.clamp.Tensor, (source, *stored))
 
 
 def _repeat_behind_movers(graph: fx.GraphModule) -> None:

@@ -7,7 +7,8 @@ each layer, shape, bits and names, and for each tensor its bits, as JSON under t
 """
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reverie.errors import ConfigError
+from reverie import received
+from reverie.errors import ConfigError, at
+from reverie.files import atomic_write
 from reverie.graph.placement import Bits, Student
 from reverie.graph.quantized import QuantizedNetwork, finish
-from reverie.grid import Grid
+from reverie.grid import MAX_BITS, MIN_BITS, Grid
 from reverie.grid.packing import pack, unpack
-from reverie.runs import atomic_write
 
 _FORMAT = "reverie packed 1"
 # One key: safetensors writes several in an order that changes from process to process.
 _KEY = "reverie"
+_AGAIN = "run `reverie quantize` again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """What the header says of a layer."""
+
+    weight: str
+    bias: str | None
+    shape: tuple[int, ...]
+    bits: int
+    source: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What the header says."""
+
+    placement: str
+    layers: dict[str, _Layer]
+    tensors: dict[str, int]
+    facts: dict[str, str]
 
 
 def write_packed(quantized: QuantizedNetwork, path: Path, *, facts: dict[str, str] | None = None) -> None:
@@ -75,25 +99,60 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         Codes unpacked to int8 in the weight's shape, everything else as stored; and the header, its JSON decoded.
 
     Raises:
-        ConfigError: The file is not one of ours.
+        ConfigError: The file is not one of ours, or its header and its tensors do not belong together.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{path}: must be a packed network, got {str(error).splitlines()[0]!r}; run `reverie quantize` again"
-        ) from None
-    header: dict[str, Any] = json.loads(metadata.get(_KEY, "{}"))
-    if header.get("format") != _FORMAT:
-        raise ConfigError(
-            f"{path}: must be a packed network, got the format {header.get('format')!r}; run `reverie quantize` again"
-        )
-    for layer in header["layers"].values():
-        key = f"{layer['weight']}.codes"
-        tensors[key] = unpack(tensors[key], tuple(layer["shape"]), Grid(layer["bits"]))
+    with at(str(path)):
+        if path.exists():
+            received.check_file(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"must be a packed network, got {str(error).splitlines()[0]!r}; {_AGAIN}") from None
+        text = metadata.get(_KEY, "{}")
+        stated = received.parse_json(text, dict[str, Any], _AGAIN).get("format")
+        if stated != _FORMAT:
+            raise ConfigError(f"must be a packed network, got the format {stated!r}; {_AGAIN}")
+        header: dict[str, Any] = received.parse_json(text, _Header, _AGAIN)
+        for name, layer in header["layers"].items():
+            with at(f"layer {name!r}"):
+                _check_layer(layer, tensors)
+            key = f"{layer['weight']}.codes"
+            tensors[key] = unpack(tensors[key], tuple(layer["shape"]), Grid(layer["bits"]))
+        for name, bits in header["tensors"].items():
+            with at(f"tensor {name!r}"):
+                _check_bits_stated(bits)
+                _check(tensors, f"{name}.scale", torch.float32, ())
+                _check(tensors, f"{name}.zero_point", torch.int32, ())
     return tensors, header
+
+
+def _check_layer(layer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuses a layer whose codes, scales or bias are not there, or not as many as its shape says."""
+    _check_bits_stated(layer["bits"])
+    shape, weight = layer["shape"], layer["weight"]
+    if not shape or min(shape) < 1:
+        raise ConfigError(f"shape must have sizes of at least 1, got {tuple(shape)}; {_AGAIN}")
+    _check(tensors, f"{weight}.codes", torch.uint8, (-(-math.prod(shape) * layer["bits"] // 8),))
+    _check(tensors, f"{weight}.scale", torch.float32, (shape[0],))
+    _check(tensors, f"{weight}.zero_point", torch.int32, (shape[0],))
+    if layer["bias"] is not None:
+        _check(tensors, f"{layer['bias']}.codes", torch.int32, (shape[0],))
+
+
+def _check_bits_stated(bits: int) -> None:
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"bits must be {MIN_BITS} to {MAX_BITS}, got {bits}; {_AGAIN}")
+
+
+def _check(tensors: dict[str, Tensor], name: str, kind: torch.dtype, shape: tuple[int, ...]) -> None:
+    found = tensors.get(name)
+    if found is None or (found.dtype, tuple(found.shape)) != (kind, shape):
+        got = "nothing" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+        raise ConfigError(f"{name} must be {kind} of shape {shape}, got {got}; {_AGAIN}")
+    if name.endswith(".scale") and not bool(((found > 0) & found.isfinite()).all()):
+        raise ConfigError(f"{name} must be positive and finite, got {float(found.min()):g} to {float(found.max()):g}; {_AGAIN}")
 
 
 def stored_bits(path: Path) -> Bits:
@@ -120,6 +179,7 @@ def restore(student: Student, path: Path) -> QuantizedNetwork:
     stored = {name: layer["bits"] for name, layer in header["layers"].items()}
     _check_bits(path, "weight", stored, {name: weight.grid.bits for name, weight in student.weights.items()})
     _check_bits(path, "tensor", header["tensors"], {name: tensor.grid.bits for name, tensor in student.activations.items()})
+    _check_shapes(path, header, tensors, student)
     for name, quantizer in student.activations.items():
         quantizer.set_qparams(tensors[f"{name}.scale"], tensors[f"{name}.zero_point"])
     for name, described in header["layers"].items():
@@ -148,6 +208,23 @@ def restore(student: Student, path: Path) -> QuantizedNetwork:
         if name in tensors and name not in coded and not name.startswith("activation_quantizers."):
             tensor.copy_(tensors[name])
     return replace(quantized, layers=layers)
+
+
+def _check_shapes(path: Path, header: dict[str, Any], tensors: dict[str, Tensor], student: Student) -> None:
+    """Refuses codes, biases and float tensors of other shapes than those of the network."""
+    own = student.graph.state_dict()
+    for name, layer in student.layers.items():
+        described, shape = header["layers"][name], tuple(own[layer.weight].shape)
+        if tuple(described["shape"]) != shape or (described["bias"] is not None) != (name in student.biases):
+            raise ConfigError(
+                f"{path}: layer {name} must have a weight of shape {shape} and {'a' if name in student.biases else 'no'} quantized bias, "
+                f"got {tuple(described['shape'])} and bias {described['bias']!r}; give the network that was quantized"
+            )
+    for name, tensor in own.items():
+        if name in tensors and not name.startswith("activation_quantizers.") and tensors[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{path}: {name} must have shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}; give the network that was quantized"
+            )
 
 
 def _check_bits(path: Path, kind: str, stored: dict[str, int], placed: dict[str, int]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from reverie.graph.operators import BATCH_NORM, LAYERS, LINEARS, arguments, attribute, constant, set_attribute
+from reverie.graph.unfold import is_unfolded
 
 
 def obstacle(batch_norm: fx.Node) -> str | None:
@@ -39,6 +40,10 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
             continue
         named = arguments(node)
         layer = named["input"]
+        if is_unfolded(node):
+            node.replace_all_uses_with(layer)
+            folded.graph.erase_node(node)
+            continue
         inner = arguments(layer)
         weight, bias = attribute(folded, inner["weight"]), attribute(folded, inner["bias"])
         mean, variance = attribute(folded, named["running_mean"]), attribute(folded, named["running_var"])

@@ -16,7 +16,6 @@ range need not hold zero, no bias quantization (algorithms 1.1, class A). It can
 """
 
 import copy
-import difflib
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from reverie.errors import ConfigError, ModelError
+from reverie.errors import ConfigError, ModelError, nearest
 from reverie.graph.operators import (
     AVERAGES,
     CLIPPING,
@@ -114,6 +113,7 @@ def place(
     activation_bits: int,
     end_bits: int | None = None,
     sum_bits: int | None = None,
+    symmetric: bool = False,
     bits: Bits | None = None,
 ) -> Student:
     """A student of `graph` (batch norms already folded for `integer`) whose quantizers wait for calibration.
@@ -123,6 +123,7 @@ def place(
             the `literature` placement.
         sum_bits: Bits of what additions, subtractions and averages read, no layer, and which is not at an end; likewise. With fewer bits than it
             for layers, `graph` should come from `separate_sums`.
+        symmetric: Activations on signed grids whose zero point is 0.
         bits: Of single tensors, at the ends or not.
 
     Raises:
@@ -159,7 +160,7 @@ def place(
             usual = end_bits
         elif integer and sum_bits is not None and is_only_summed(node):
             usual = sum_bits
-        activations[node.name] = ActivationQuantizer(Grid(bits.activations.get(node.name, usual), signed=False))
+        activations[node.name] = ActivationQuantizer(Grid(bits.activations.get(node.name, usual), signed=symmetric))
         here = nodes[node.name]
         with copied.graph.inserting_after(here):
             call = copied.graph.call_module(f"activation_quantizers.{node.name}", (here,))
@@ -209,8 +210,8 @@ def place(
 def _check_names(kind: str, given: Mapping[str, int], meant: str, known: Collection[str]) -> None:
     for name in given:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            cure = f"did you mean {nearest[0]!r}" if nearest else f"such as {min(known)!r}"
+            near = nearest(name, known)
+            cure = f"did you mean {near!r}" if near else f"such as {min(known)!r}"
             raise ConfigError(f"bits.{kind} must name {meant}, got {name!r}; {cure}")
 
 

@@ -88,6 +88,15 @@ class Dropping:
             return window.view(rows, height, width, channels).permute(0, 3, 1, 2)
         return window.view(like.shape)
 
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs to go on from here."""
+        return {"draws": self._draws.to(torch.uint8), "random": self._random.get_state()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes back to where `state` was taken."""
+        self._draws = state["draws"].to(torch.float32)
+        self._random.set_state(state["random"])
+
     def mix(self, whole: Float[Tensor, "*shape"], quantized: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Each value of `whole` with the probability, else that of `quantized`."""
         return torch.lerp(whole, quantized, self.keep(quantized))

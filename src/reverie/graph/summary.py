@@ -32,6 +32,7 @@ from reverie.graph.operators import (
     layers,
 )
 from reverie.graph.taps import shapes
+from reverie.graph.unfold import folded_convolutions
 from reverie.graph.units import find_units
 
 LayerKind = Literal["convolution", "grouped", "depthwise", "linear"]
@@ -158,7 +159,7 @@ def summarize(graph: fx.GraphModule, shape: tuple[int, ...]) -> Summary:
         parameters=_parameters(graph),
         multiply_accumulates=sum(layer.multiply_accumulates for layer in found),
         verdicts=(
-            _batch_norm_matching(batch_norms),
+            _batch_norm_matching(batch_norms, len(folded_convolutions(graph))),
             _folding(batch_norms),
             _integer_kernels(folded),
             _equalization(folded),
@@ -232,7 +233,14 @@ def _operator(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
 
 
-def _batch_norm_matching(batch_norms: tuple[BatchNormSummary, ...]) -> Verdict:
+def _batch_norm_matching(batch_norms: tuple[BatchNormSummary, ...], folded: int) -> Verdict:
+    if folded:
+        return Verdict(
+            "batch-norm matching",
+            False,
+            f"no batch norm, but {folded} convolutions with a bias, into which exporters fold them: "
+            "what the training data's statistics were is lost, unless a capsule tells (`reverie capsule`)",
+        )
     if not batch_norms:
         return Verdict("batch-norm matching", False, "no batch norm, so nothing remembers the training data's statistics")
     channels = sum(norm.channels for norm in batch_norms)

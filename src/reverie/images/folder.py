@@ -10,14 +10,22 @@ Four layouts, told apart by what is there:
 The arithmetic is that of torchvision's `Resize` and `CenterCrop` on a Pillow image: the shorter side becomes `resize`,
 the longer one is rounded down, the corner of the crop is rounded half to even.
 
+What is read may come from anywhere: `received.py` has the limits, and a file is decoded only as what its suffix may stand for.
+
 Not here: augmentation, and rotation by EXIF tags (torchvision's loaders ignore them too).
 """
 
 import csv
+import io
+import math
 import os
 import re
 import struct
+import tempfile
+import tokenize
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,12 +38,18 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from reverie import received
 from reverie.errors import ConfigError, at
+from reverie.graph.cache import Cache, CacheFull
 from reverie.images import Images
 from reverie.images.contract import InputContract
 from reverie.images.store import load_images
 
+# Bytes of network inputs, more of which go to a file: 2500 photographs of 224 px.
+_IN_MEMORY = 3 * 2**29
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Pillow looks at the content, and would hand a `.png` that is PostScript to Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _MODES = {1: "L", 3: "RGB"}
 # What to do about images without labels.
 _ADD_TABLE = (
@@ -43,7 +57,7 @@ _ADD_TABLE = (
 )
 _ADD_ARRAY = "add an array 'labels' to the file"
 # All that Pillow raises for files that are no images, are cut short or lie about their size.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, ConfigError)
 
 
 def read_folder(
@@ -76,6 +90,7 @@ def read_folder(
             raise ConfigError("must be a folder of images, an .npz or a .safetensors file, got no such path; check it")
         if directory.is_dir():
             return _read_files(directory, contract, classes, require_labels, labels, limit)
+        received.check_file(directory)
         if directory.suffix == ".npz":
             return _read_arrays(directory, contract, classes, require_labels, limit)
         if directory.suffix == ".safetensors":
@@ -99,26 +114,61 @@ def _read_files(
     files = [files[index] for index in chosen]
     labels = None if labels is None else [labels[index] for index in chosen]
     names = tuple(os.path.relpath(file, directory) for file in files)
+    unspoken = [name for name in names if _text(name) != name]
+    if unspoken:
+        raise ConfigError(f"images must have names in UTF-8, got {_text(unspoken[0])!r}; rename them")
     _check_labels(labels, names, classes, require_labels, _ADD_TABLE)
-    inputs = torch.empty(len(files), *contract.shape)
+    inputs = _room(len(files), contract)
 
     def look(index: int) -> None:
-        Image.open(files[index]).close()
+        received.check_file(files[index])
+        try:
+            with Image.open(files[index], formats=_FORMATS) as image:
+                if image.width * image.height > received.MOST_PIXELS:
+                    large.append(index)
+        except Image.DecompressionBombError:
+            large.append(index)
 
     def decode(index: int) -> None:
-        with Image.open(files[index]) as image:
+        with Image.open(files[index], formats=_FORMATS) as image:
             pixels = np.asarray(fit(_eight_bit(image).convert(mode), contract))
         _place(inputs, index, pixels.reshape(contract.height, contract.width, -1), contract)
 
-    # Opening reads no pixels: it finds most broken files long before the last image is decoded.
-    _for_each(names, look)
-    _for_each(names, decode)
+    large: list[int] = []
+    with warnings.catch_warnings():
+        # What Pillow warns of is not read: animations, EXIF, palettes' transparency. Its limit of pixels is above ours.
+        warnings.filterwarnings("ignore", module="PIL")
+        # Opening reads no pixels: it finds most broken files long before the last image is decoded.
+        _for_each(names, look)
+        if large:
+            raise ConfigError(
+                f"images must have at most {received.MOST_PIXELS} pixels, got more in {len(large)}: "
+                f"{', '.join(names[index] for index in sorted(large)[:3])}; make them smaller"
+            )
+        _for_each(names, decode)
     return Images(
         inputs=inputs,
         labels=None if labels is None else torch.tensor(labels),
         sources=names,
-        provenance={"method": "files", "folder": directory.resolve().name},
+        provenance={"method": "files", "folder": _text(directory.resolve().name)},
     )
+
+
+def _room(count: int, contract: InputContract) -> Float[Tensor, "count channels height width"]:
+    """For so many network inputs: in memory, or in a file without a name that the system reads and forgets as it needs."""
+    try:
+        return Cache(_IN_MEMORY).room(count, torch.empty(1, *contract.shape))
+    except CacheFull as error:
+        size = 4 * count * math.prod(contract.shape) / 2**30
+        raise ConfigError(
+            f"{count} images must fit into {tempfile.gettempdir()} as network inputs ({size:.1f} GiB), got no room for them; free some "
+            "space there, or set TMPDIR to a larger place"
+        ) from error
+
+
+def _text(name: str) -> str:
+    """A file's name as text that can be printed and stored, whatever its bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -156,20 +206,25 @@ def _listed(directory: Path, classes: int, require_labels: bool, table: Path | N
 
 def _images_in(folder: Path, pattern: str) -> list[Path]:
     found = (path for path in folder.glob(pattern) if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."))
-    return sorted(path for path in found if path.is_file())
+    # A link to nothing is not left out in silence: opening it says what is wrong.
+    return sorted(path for path in found if not path.is_dir())
 
 
 def _tabled(directory: Path, table: Path) -> tuple[list[Path], list[int]]:
     """The files and labels that the CSV `table` lists; the files lie in `directory` or in its folder `images`."""
-    with table.open(newline="", encoding="utf-8-sig") as lines:
-        rows = list(csv.DictReader(lines))
+    try:
+        rows = list(csv.DictReader(io.StringIO(received.read_bytes(table).decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{table.name}: must be CSV in UTF-8, got {str(error)!r}; save it again") from error
     files, labels = [], []
     for number, row in enumerate(rows, start=2):
         name, label = row.get("file"), row.get("label")
-        if not name or label is None or not re.fullmatch(r"\s*-?\d+\s*", label):
+        if not name or label is None or not re.fullmatch(r"\s*-?\d{1,18}\s*", label):
             raise ConfigError(
                 f"{table.name}: row {number} must have a 'file' and a whole 'label', got file {name!r} and label {label!r}"
             )
+        with at(f"{table.name}: row {number}"):
+            received.check_inside(name, "an image")
         places = (directory / name, directory / "images" / name)
         file = next((place for place in places if place.is_file()), None)
         if file is None:
@@ -194,9 +249,13 @@ def _class_numbers(names: Sequence[str], classes: int) -> dict[str, int] | None:
 
 def _read_arrays(path: Path, contract: InputContract, classes: int, require_labels: bool, limit: int | None) -> Images:
     try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            stored = {name: arrays[name] for name in ("images", "labels") if name in arrays}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            received.check_archive(archive, path.stat().st_size)
+            inside = {member.filename: member.file_size for member in archive.infolist()}
+            stored = {name: _array(archive, f"{name}.npy", inside) for name in ("images", "labels") if f"{name}.npy" in inside}
+    except ConfigError:
+        raise
+    except (OSError, ValueError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
         raise ConfigError(f"must be a readable .npz file without pickled objects, got {str(error)!r}") from error
     pixels, labels = stored.get("images"), stored.get("labels")
     if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4:
@@ -209,17 +268,32 @@ def _read_arrays(path: Path, contract: InputContract, classes: int, require_labe
     pixels = _channels_last(pixels, contract)
     chosen = _spread(len(pixels), limit)
     labels = None if labels is None else labels[chosen].astype(np.int64)
-    names = tuple(f"{path.name}[{index}]" for index in chosen)
+    names = tuple(f"{_text(path.name)}[{index}]" for index in chosen)
     _check_labels(None if labels is None else labels.tolist(), names, classes, require_labels)
-    inputs = torch.empty(len(chosen), *contract.shape)
+    inputs = _room(len(chosen), contract)
     for place, index in enumerate(chosen):
         _place(inputs, place, _fit_array(pixels[index], contract), contract)
     return Images(
         inputs=inputs,
         labels=None if labels is None else torch.from_numpy(labels),
         sources=names,
-        provenance={"method": "files", "folder": path.name},
+        provenance={"method": "files", "folder": _text(path.name)},
     )
+
+
+def _array(archive: zipfile.ZipFile, member: str, sizes: dict[str, int]) -> np.ndarray:
+    """An array of an `.npz` file, read once its header agrees with the bytes that are there."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError(f"objects in {member}")
+        if not received.holds(shape, dtype.itemsize, sizes[member] - file.tell()):
+            raise ValueError(f"{member} of shape {shape} and {sizes[member]} bytes")
+    with archive.open(member) as file:
+        found: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return found
 
 
 def _channels_last(pixels: UInt8[np.ndarray, "count a b c"], contract: InputContract) -> UInt8[np.ndarray, "count _ _ _"]:
@@ -245,7 +319,7 @@ def _read_saved(path: Path, contract: InputContract, classes: int, require_label
         logits=None if images.logits is None else images.logits[chosen],
         sources=tuple(images.sources[index] for index in chosen) if images.sources else (),
     )
-    names = tuple(f"{path.name}[{index}]" for index in chosen)
+    names = tuple(f"{_text(path.name)}[{index}]" for index in chosen)
     _check_labels(None if images.labels is None else images.labels.tolist(), names, classes, require_labels)
     return images
 

@@ -6,24 +6,37 @@ object with `sources` and `provenance`. Equal sets give equal bytes.
 
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from reverie.errors import ConfigError
+from reverie import received
+from reverie.errors import ConfigError, at
+from reverie.files import atomic_write
 from reverie.images import Images
 from reverie.images.contract import InputContract
-from reverie.runs import atomic_write
 
 _TENSORS = ("inputs", "labels", "logits")
+_INTEGERS = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64})
+_AGAIN = "make the images anew, or fetch the file again"
 _CELL = 96
 _GAP = 8
 _CAPTION = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What the metadata says."""
+
+    sources: tuple[str, ...]
+    provenance: dict[str, str]
 
 
 def save_images(images: Images, path: Path) -> None:
@@ -45,23 +58,47 @@ def load_images(path: Path) -> Images:
     Raises:
         ConfigError: No such file, or not one that `save_images` wrote.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["reverie"])
-            tensors = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
-            return Images(
-                inputs=tensors["inputs"],
-                labels=tensors.get("labels"),
-                logits=tensors.get("logits"),
-                sources=tuple(about["sources"]),
-                provenance=about["provenance"],
-            )
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: must be a .safetensors file of images, got no such file; check the path") from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: must be a .safetensors file of images saved by Reverie, got another or a damaged one"
-        ) from error
+    if not path.exists():
+        raise ConfigError(f"{path}: must be a .safetensors file of images, got no such file; check the path")
+    with at(str(path)):
+        received.check_file(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {})["reverie"]
+                tensors = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ConfigError("must be a .safetensors file of images saved by Reverie, got another or a damaged one") from error
+        about = received.parse_json(text, _About, _AGAIN)
+        _check_tensors(tensors, about["sources"])
+    return Images(
+        inputs=tensors["inputs"],
+        labels=tensors.get("labels"),
+        logits=tensors.get("logits"),
+        sources=tuple(about["sources"]),
+        provenance=about["provenance"],
+    )
+
+
+def _check_tensors(tensors: dict[str, Tensor], sources: list[str]) -> None:
+    """Refuses tensors that are no set of images, and numbers that no network can be fed with."""
+    inputs = tensors.get("inputs")
+    if inputs is None or inputs.dtype is not torch.float32 or inputs.dim() != 4 or not len(inputs):
+        raise ConfigError(f"inputs must be float32 of shape (count, channels, height, width), got {_told(inputs)}; {_AGAIN}")
+    for name, whole, dimensions in (("labels", True, 1), ("logits", False, 2)):
+        tensor = tensors.get(name)
+        if tensor is not None and (
+            (tensor.dtype in _INTEGERS, tensor.dim()) != (whole, dimensions) or tensor.shape[0] != len(inputs)
+        ):
+            raise ConfigError(f"{name} must be one for each of {len(inputs)} images, got {_told(tensor)}; {_AGAIN}")
+    if len(sources) not in (0, len(inputs)):
+        raise ConfigError(f"sources must be one for each of {len(inputs)} images, got {len(sources)}; {_AGAIN}")
+    for name in ("inputs", "logits"):
+        if name in tensors and not bool(tensors[name].isfinite().all()):
+            raise ConfigError(f"{name} must be finite, got NaN or infinite values; {_AGAIN}")
+
+
+def _told(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
 def save_pngs(images: Images, contract: InputContract, folder: Path, limit: int | None = None) -> list[Path]:
@@ -94,6 +131,19 @@ def contact_sheet(images: Images, contract: InputContract, path: Path, columns: 
     atomic_write(path, _png(sheet))
 
 
+def encode_png(inputs: Float[Tensor, "channels height width"], contract: InputContract) -> bytes:
+    """One image as a PNG file of 8 bits, clamped to valid pixels; in colour, or grey from the first channel when there are not three."""
+    return _png(Image.fromarray(_picture(inputs, contract)))
+
+
+def thumbnails(
+    inputs: Float[Tensor, "count channels height width"], contract: InputContract, limit: int = 16
+) -> UInt8[np.ndarray, "shown height width 3"]:
+    """The first `limit` images as the eye sees them, for a display; grey ones in three equal channels."""
+    pictures = [_picture(one, contract) for one in inputs[:limit]]
+    return np.stack([picture if picture.ndim == 3 else np.stack([picture] * 3, axis=-1) for picture in pictures])
+
+
 def show_images(images: Images, contract: InputContract, folder: Path, *, limit: int | None) -> None:
     """The first `limit` images (None: all) as PNG and a contact sheet of the first 64, in the folder `images` below `folder`."""
     pictures = folder / "images"
@@ -103,10 +153,14 @@ def show_images(images: Images, contract: InputContract, folder: Path, *, limit:
 
 
 def _pictures(images: Images, contract: InputContract, limit: int | None) -> list[UInt8[np.ndarray, "height width *rgb"]]:
-    """The first images as the eye sees them: in colour, or grey from the first channel when there are not three."""
-    pixels = contract.denormalize(images.inputs[:limit].detach().cpu()).clamp(0, 1)
-    levels = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return list(np.ascontiguousarray(levels if contract.channels == 3 else levels[..., 0]))
+    return [_picture(inputs, contract) for inputs in images.inputs[:limit]]
+
+
+def _picture(inputs: Float[Tensor, "channels height width"], contract: InputContract) -> UInt8[np.ndarray, "height width *rgb"]:
+    """An image as the eye sees it: in colour, or grey from the first channel when there are not three."""
+    pixels = contract.denormalize(inputs.detach().cpu()).clamp(0, 1)
+    levels = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(levels if contract.channels == 3 else levels[..., 0])
 
 
 def _captions(images: Images, count: int) -> list[str]:

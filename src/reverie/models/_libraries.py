@@ -6,6 +6,7 @@ from collections.abc import Collection
 from types import ModuleType
 
 from reverie.errors import ConfigError, ModelError
+from reverie.plugins import with_extra
 
 
 def require(module: str, *, extra: str, distribution: str) -> ModuleType:
@@ -22,16 +23,11 @@ def require(module: str, *, extra: str, distribution: str) -> ModuleType:
         raise ModelError(f"{distribution} must be installed, got no module {error.name!r}; {with_extra(extra)}") from None
 
 
-def with_extra(extra: str) -> str:
-    """The cure for something missing that Reverie's `extra` brings; Reverie is on no registry."""
-    return f"install Reverie with its extra {extra!r}: pip install -e '.[{extra}]' in its folder"
-
-
 def unknown_network(source: str, name: str, choices: Collection[str], *, listing: str) -> ConfigError:
     """The error for a name that a library does not know.
 
     A library has hundreds of networks: names only the close ones and says, with `listing`, how to see all.
     """
-    close = difflib.get_close_matches(name, choices, n=5)
+    close = difflib.get_close_matches(name.lower(), choices, n=5)
     cure = f"did you mean one of {', '.join(close)}?" if close else f"{listing} lists all {len(choices)}"
     return ConfigError(f"unknown {source} network {name!r}; {cure}")

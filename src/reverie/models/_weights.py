@@ -1,12 +1,20 @@
 """Weight files: state dicts only, never code, and a clear word when one does not fit its network.
 
-Pickled checkpoints are read with `torch.load(weights_only=True)`; whatever needs more is refused. A checkpoint that wraps
+Pickled checkpoints are read with `torch.load(weights_only=True)`; whatever needs more is refused, and no option turns that off. A
+network's Python file is code that the user has named as such (`file.py`), and is the place for `torch.load(..., weights_only=False)` of a
+file that one would also run as a program. A checkpoint that wraps
 its state dict as `{"state_dict": ...}` or `{"model": ...}` is unwrapped, and the `module.` that `nn.DataParallel` puts in
 front of every key is dropped.
 """
 
+import os
 import pickle
 import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +23,31 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from reverie.errors import ConfigError, ModelError
+from reverie import received
+from reverie.errors import ConfigError, ModelError, at
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 _WRAPPERS = ("state_dict", "model")
 _PARALLEL_PREFIX = "module."
+# `torch.load` reads it.
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_ZIP = b"PK\x03\x04"
+# What torch's unpickler meets in a stream of opcodes that is none.
+_DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -30,12 +58,28 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: weights must be a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {path.suffix!r}")
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise ConfigError(f"{path}: weights must be an existing file, got {'a folder' if path.is_dir() else 'nothing there'}")
+    with at(str(path)):
+        received.check_file(path)
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrap(_read_pickle(path), path)
     if state and all(key.startswith(_PARALLEL_PREFIX) for key in state):
         state = {key.removeprefix(_PARALLEL_PREFIX): value for key, value in state.items()}
     return state
+
+
+@contextmanager
+def tensors_alone() -> Iterator[None]:
+    """While it lasts, libraries that unpickle whatever lies in their download folder read tensors alone, as `read` does."""
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
 
 
 def fit_(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -75,9 +119,21 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path}: must be a whole safetensors file, got {one_line(error)}; fetch it again") from error
 
 
+def _check_zip(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            return
+    with zipfile.ZipFile(path) as archive, at(str(path)):
+        received.check_archive(archive, path.stat().st_size)
+
+
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _check_zip(path)
+        with warnings.catch_warnings():
+            # What torch says about the protocol of a pickle is no news to whoever has a damaged file.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch wraps the reason into a screenful of advice, part of which is to turn the protection off.
         reason = re.search(r"Unsupported [^\n]*?(?= was not an allowed|\n|$)", str(error))
@@ -86,7 +142,9 @@ def _read_pickle(path: Path) -> Any:
             f"{path}: weights must be a state dict of tensors alone, got a pickle that needs more ({got}); "
             "save model.state_dict() in place of the model"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except ConfigError:
+        raise
+    except _DAMAGED as error:
         raise ConfigError(f"{path}: must be a whole PyTorch file, got {one_line(error)}; fetch it again") from error
 
 
@@ -99,10 +157,15 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: weights must be a state dict, got a {type(content).__name__}; save model.state_dict()")
     for key, value in content.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not isinstance(key, str):
+            got = type(value).__name__ if isinstance(key, str) else f"{type(key).__name__} as a name"
             raise ConfigError(
-                f"{path}: weights must be a state dict of tensors alone, got a {type(value).__name__} at {key!r}; "
+                f"{path}: weights must be a state dict of tensors alone, got a {got} at {key!r}; "
                 "save model.state_dict() alone, or as 'state_dict' or 'model'"
+            )
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
+            raise ConfigError(
+                f"{path}: weights must be dense tensors of real numbers, got another kind at {key!r}; save the network in full precision"
             )
     return dict(content)
 

@@ -38,6 +38,11 @@ def load(name: str) -> Network:
     return _NETWORKS[name]()
 
 
+def names() -> list[str]:
+    """All of them."""
+    return list(_NETWORKS)
+
+
 def digits_images(part: Literal["train", "held out"]) -> Images:
     """One part of scikit-learn's digits as inputs of `embedded:digits`, with labels.
 

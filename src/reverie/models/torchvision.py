@@ -5,10 +5,14 @@ The input contract comes from the transforms that torchvision keeps beside the w
 Not here: detection, segmentation, video and already quantized networks, and older weights of the same network.
 """
 
+import pickle
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from reverie.errors import ModelError, at
-from reverie.models import InputContract, Network, _torchvision_import
+from reverie.models import InputContract, Network, _torchvision_import, _weights
 from reverie.models._libraries import unknown_network
 
 # Without weights these would start with training-only heads and a slow initialization that torchvision warns about.
@@ -36,12 +40,25 @@ def load(name: str, *, pretrained: bool = True) -> Network:
         raise unknown_network("torchvision", name, choices, listing="torchvision.models.list_models()")
     weights = models.get_model_weights(name).DEFAULT
     try:
-        module = models.get_model(name, weights=weights) if pretrained else models.get_model(name, **_RANDOM.get(name, {}))
+        with _weights.tensors_alone():
+            module = models.get_model(name, weights=weights) if pretrained else models.get_model(name, **_RANDOM.get(name, {}))
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{place}: weights must be tensors alone, got a pickle that needs more; delete {Path(weights.url).name} below "
+            f"{torch.hub.get_dir()}, and run the same command again"
+        ) from error
     except OSError as error:
         raise ModelError(f"{place}: weights must be at {weights.url}, got {error}; check the connection to it") from error
     return Network(
         name=place, module=module.eval(), input=_contract(weights.transforms()), classes=len(weights.meta["categories"])
     )
+
+
+def names() -> list[str]:
+    """All that the installed torchvision has; `ModelError` where it is not installed."""
+    models = _torchvision_import.torchvision().models
+    found: list[str] = models.list_models(module=models)
+    return found
 
 
 def _contract(transforms: Any) -> InputContract:

@@ -37,9 +37,9 @@ class Observer(Protocol):
 
 
 def tensor_qparams(watch: Watch, grid: Grid) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Per-tensor affine scale and zero point from what was seen; 0.0 is on the grid."""
-    low, high = watch.range(grid, symmetric=False)
-    scale, zero_point = affine_qparams(low, high, grid)
+    """Per-tensor scale and zero point from what was seen; 0.0 is on the grid, and in its middle where that is signed."""
+    low, high = watch.range(grid, symmetric=grid.signed)
+    scale, zero_point = symmetric_qparams(low, high, grid) if grid.signed else affine_qparams(low, high, grid)
     return scale[0], zero_point[0]
 
 

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, fx
 from torch.nn import functional
 
-from reverie.checkpoints import Checkpoints
+from reverie.checkpoints import Checkpoints, Unfinished
 from reverie.errors import check_range
 from reverie.graph.placement import Student
 from reverie.observers import Observer
@@ -87,7 +87,7 @@ def excite(
 ) -> Float[Tensor, "count *shape"]:
     """`settings.images` images, on the CPU, each of which the teacher is sure shows its class; image i is of class i mod classes.
 
-    Each finished batch is a checkpoint.
+    Finished batches are checkpoints.
 
     Raises:
         ConfigError: `settings.images` is 0.
@@ -96,13 +96,14 @@ def excite(
     # Fewer images than classes: evenly from all of them.
     stride = max(teacher.classes // settings.images, 1)
 
-    def make(number: int, size: int, step: Callable[..., None]) -> dict[str, Tensor]:
+    def make(number: int, size: int, step: Callable[..., None], unfinished: Unfinished) -> dict[str, Tensor]:
         labels = (number * settings.batch + torch.arange(size)) * stride % teacher.classes
-        return {"inputs": _batch(teacher, settings, labels, seed.at(number), step)}
+        return {"inputs": _batch(teacher, settings, labels, seed.at(number), step, unfinished)}
 
     return in_batches(
         make,
         batches(settings.images, settings.batch),
+        teacher.input,
         steps=settings.steps,
         checkpoints=checkpoints,
         progress=progress,
@@ -132,7 +133,9 @@ def clip_activations(
     calibrate_activations(reference, student, inputs, settings.observer, batch=64, progress=progress)
 
 
-def _batch(teacher: Teacher, settings: Clipping, labels: Tensor, seed: Seed, step: Callable[..., None]) -> Tensor:
+def _batch(
+    teacher: Teacher, settings: Clipping, labels: Tensor, seed: Seed, step: Callable[..., None], unfinished: Unfinished
+) -> Tensor:
     noise = torch.randn(len(labels), *teacher.input.shape, generator=seed.generator()).to(teacher.device)
     targets = labels.to(teacher.device)
 
@@ -149,5 +152,6 @@ def _batch(teacher: Teacher, settings: Clipping, labels: Tensor, seed: Seed, ste
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         step=step,
+        unfinished=unfinished,
         setting="clipping.learning_rate",
     )

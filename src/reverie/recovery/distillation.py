@@ -35,16 +35,13 @@ from reverie.images.augment import Augmentation
 from reverie.images.source import Source
 from reverie.observers import weight_qparams
 from reverie.observers.minmax import MinMax
-from reverie.progress import Progress
+from reverie.progress import Progress, loss_note
 from reverie.recovery.ranges import keep_biases_in_range
 
 WeightRanges = Literal["minmax", "fixed", "learned"]
 Optimizer = Literal["adam", "sgd"]
 Synthetic = Literal["kept", "fresh", "both"]
 After = Literal["calibration", "rounding"]
-
-# How often a distillation is saved.
-_CHECKPOINTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +169,6 @@ def distil(
         descent.restore(under("descent", saved))
         if done < settings.steps:
             source.restore(under("source", saved))
-    every = max(settings.steps // _CHECKPOINTS, 1)
     with progress.stage("distil", total=settings.steps, done=done) as step:
         for number in range(done, settings.steps):
             share = number / settings.steps
@@ -197,7 +193,7 @@ def distil(
             with torch.no_grad():
                 for name, gain in gains.items():
                     weights[name].copy_(torch.lerp(before[name], weights[name], gain))
-            if (number + 1) % every == 0 or number + 1 == settings.steps:
+            if number + 1 == settings.steps or checkpoints.due():
                 state = {name: value.detach() for name, value in learned.items()}
                 checkpoints.save(
                     "distillation",
@@ -209,7 +205,7 @@ def distil(
                         **(below("source", source.state()) if number + 1 < settings.steps else {}),
                     },
                 )
-            step(note=f"loss {loss:.3g}")
+            step(note=loss_note(loss))
     _settle(student, weights)
 
 

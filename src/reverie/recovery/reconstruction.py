@@ -36,17 +36,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, fx
 from torch.nn import functional
 
-from reverie.checkpoints import Checkpoints
-from reverie.descent import Descent
-from reverie.errors import ConfigError, DivergenceError, check_range
+from reverie.checkpoints import Checkpoints, Unfinished
+from reverie.descent import Descent, under
+from reverie.errors import ConfigError, check_range
 from reverie.graph.cache import Cache
 from reverie.graph.channels import channel_axes
 from reverie.graph.extract import extract
 from reverie.graph.placement import Student
 from reverie.graph.quantizers import Dropping, Rounder
 from reverie.graph.units import Unit, UnitKind, find_units
-from reverie.progress import Progress
+from reverie.progress import Progress, loss_note
 from reverie.randomness import Seed
+from reverie.recovery.best_state import Best
 from reverie.recovery.bias_correction import activations_in_float
 from reverie.recovery.border import Borders, all_rows, check_isolated
 from reverie.recovery.closed_form import round_at_once
@@ -196,12 +197,13 @@ class _Loop:
         student, ranges = self._student, self._ranges.get(unit.name, [])
         part = checkpoints.load(name)
         if part is None:
-            errors = self._learn(unit, ranges, step)
+            errors = self._learn(unit, ranges, step, Unfinished(checkpoints, name))
             part = {layer: student.weights[layer].final_codes(_weight(student, layer)) for layer in unit.layers}
             part |= {f"step of {layer}": student.weights[layer].scale for layer in unit.layers}
             part |= {f"scale of {tensor}": student.activations[tensor].scale for tensor in ranges}
             part[_ERRORS] = torch.tensor(errors, dtype=torch.float64)
-            checkpoints.save(name, part)
+            if checkpoints.due():
+                checkpoints.save(name, part)
         else:
             for layer in unit.layers:
                 student.weights[layer].scale.copy_(part[f"step of {layer}"])
@@ -216,7 +218,7 @@ class _Loop:
         before, after = part[_ERRORS].tolist()
         return before, after
 
-    def _learn(self, unit: Unit, ranges: list[str], step: Callable[..., None]) -> tuple[float, float]:
+    def _learn(self, unit: Unit, ranges: list[str], step: Callable[..., None], unfinished: Unfinished) -> tuple[float, float]:
         student, settings, borders, seed = self._student, self._settings, self._borders, self._seed.at(unit.name)
         borders.reach(unit)
         count = borders.count(unit)
@@ -246,10 +248,32 @@ class _Loop:
             "place": f"reconstruction of {unit.name}",
             "cure": f"try --set reconstruction.learning_rate={settings.learning_rate / 4:g} with another --output",
         }
-        descent, best = Descent(optimizer, **told), _Best(student, unit, rounders, ranges, **told)
+        descent, best = Descent(optimizer, **told), Best(student, unit, rounders, ranges, **told)
         learned, watched = _parted(count, settings.patience)
         odds = None if self._weights is None else self._weights.repeat_interleave(count // self._images)[learned]
-        for iteration in range(settings.iterations):
+        unfinished.draws_from(generator)
+        free = [parameter for parameters, _, _ in groups for parameter in parameters]
+
+        def state() -> dict[str, Tensor]:
+            values = {f"learned.{number}": parameter.detach().clone() for number, parameter in enumerate(free)}
+            parts = {"descent": descent.state(), "dropping": dropping.state(), "best": best.state()}
+            values["done"] = torch.tensor(done)
+            return values | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+
+        done, saved = 0, unfinished.load()
+        if saved is not None:
+            done = int(saved["done"])
+            with torch.no_grad():
+                for number, parameter in enumerate(free):
+                    parameter.copy_(saved[f"learned.{number}"])
+            descent.restore(under("descent", saved))
+            dropping.restore(under("dropping", saved))
+            best.resume(under("best", saved))
+            step(done, skipped=True)
+        for iteration in range(done, settings.iterations):
+            if len(watched) and best.since >= settings.patience:
+                step(settings.iterations - iteration, skipped=True)
+                break
             progress = iteration / settings.iterations
             for group, (_, rate, falls) in zip(optimizer.param_groups, groups, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2 if falls else rate
@@ -259,14 +283,14 @@ class _Loop:
                 drawn = torch.multinomial(odds, settings.batch, replacement=True, generator=generator)
             distance = self._distance(module, unit, learned[drawn], dropping)
             penalties = {f"penalty of {name}": rounder.penalty(progress) for name, rounder in rounders.items()}
-            descent.step(iteration, {"distance": distance, **penalties})
-            step()
+            loss = descent.step(iteration, {"distance": distance, **penalties})
             if len(watched) and (iteration + 1) % max(settings.iterations // _CHECKS, 1) == 0:
                 with best.hardened():
                     error = self._error(module, unit, torch.split(watched, 64))
-                if best.stale(error) >= settings.patience:
-                    step(settings.iterations - iteration - 1, skipped=True)
-                    break
+                best.look(error)
+            done = iteration + 1
+            unfinished.keep(state)
+            step(note=loss_note(loss))
         if len(watched):
             best.restore()
         for name, rounder in rounders.items():
@@ -330,58 +354,3 @@ def _parted(count: int, patience: int) -> tuple[Tensor, Tensor]:
     rows = torch.arange(count)
     held_out = rows % _HELD_OUT == _HELD_OUT - 1 if patience else torch.zeros(count, dtype=torch.bool)
     return rows[~held_out], rows[held_out]
-
-
-class _Best:
-    """The hardened state of a unit with the lowest error so far.
-
-    Args:
-        place, cure: What is learned, and what to try when it diverges, for the error.
-    """
-
-    def __init__(
-        self, student: Student, unit: Unit, rounders: dict[str, Rounder], ranges: list[str], *, place: str, cure: str
-    ) -> None:
-        self._student, self._rounders = student, rounders
-        self._place, self._cure = place, cure
-        self._quantizers = [student.activations[name] for name in (*unit.inputs, *unit.nodes) if name in student.activations]
-        gains = [student.activations[name].log_gain for name in ranges] + [student.weights[name].log_gain for name in rounders]
-        parameters = [parameter for rounder in rounders.values() for parameter in rounder.parameters()]
-        self._learned = [*parameters, *(gain for gain in gains if gain is not None)]
-        self._lowest, self._since = math.inf, 0
-        self._state: list[Tensor] = []
-
-    @contextmanager
-    def hardened(self) -> Iterator[None]:
-        """Codes are whole and nothing is dropped until the block ends."""
-        droppings = [quantizer.drop(None) for quantizer in self._quantizers]
-        try:
-            for name, rounder in self._rounders.items():
-                self._student.weights[name].codes = rounder.harden()
-            yield
-        finally:
-            for name in self._rounders:
-                self._student.weights[name].codes = None
-            for quantizer, dropping in zip(self._quantizers, droppings, strict=True):
-                quantizer.drop(dropping)
-
-    def stale(self, error: float) -> int:
-        """For how many looks the error has not been lower than before, this one included; keeps the state if it is.
-
-        Raises:
-            DivergenceError: It is not finite, nor was any before it.
-        """
-        if not self._state and not math.isfinite(error):
-            raise DivergenceError(f"{self._place}: the held-out error must be finite, got {error:g}; {self._cure}")
-        if error < self._lowest:
-            self._lowest, self._since = error, 0
-            self._state = [parameter.detach().clone() for parameter in self._learned]
-        else:
-            self._since += 1
-        return self._since
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the state with the lowest error back."""
-        for parameter, value in zip(self._learned, self._state, strict=True):
-            parameter.copy_(value)

@@ -142,8 +142,9 @@ class _Grids:
             *(("activation", name) for name in student.activations),
         ]
         watches = watch_tensors(teacher, student.activations, torch.split(inputs, _BATCH), activations)
+        self._signed = {name: quantizer.grid.signed for name, quantizer in student.activations.items()}
         self._tensor_qparams = {
-            (name, bits): finite_qparams(name, watch, Grid(bits, signed=False))
+            (name, bits): finite_qparams(name, watch, Grid(bits, self._signed[name]))
             for name, watch in watches.items()
             for bits in widths
         }
@@ -160,7 +161,7 @@ class _Grids:
 
     def tensor_error(self, name: str, bits: int, values: Tensor) -> Tensor:
         """What quantization adds to these values of the tensor `name`."""
-        return fake_quantize(values, *self._tensor_qparams[name, bits], Grid(bits, signed=False)) - values
+        return fake_quantize(values, *self._tensor_qparams[name, bits], Grid(bits, self._signed[name])) - values
 
 
 def _probed(

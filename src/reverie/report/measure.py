@@ -17,18 +17,20 @@ them alike; medians and quartiles, since the slow tail of a shared machine says 
 import math
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import onnxruntime  # type: ignore[import-untyped]
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from reverie.errors import ExportError
+from reverie.runtimes import Session, parts
+
 _NORMAL_97_5 = 1.959963984540054
-_ERRORS_ONLY = 3
 
 
 class Difference(NamedTuple):
@@ -73,34 +75,35 @@ def paired_interval(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> Di
 
 
 def sizes(paths: dict[str, Path]) -> dict[str, int]:
-    """Bytes of each file, by the names given."""
-    return {name: path.stat().st_size for name, path in paths.items()}
+    """Bytes of each exported file and of what belongs to it, by the names given.
+
+    Raises:
+        ExportError: A file is not there, or what belongs to it.
+    """
+    for path in paths.values():
+        for part in parts(path):
+            if not part.is_file():
+                raise ExportError(
+                    f"{path}: must consist of {', '.join(map(str, parts(path)))}, got no {part.name}; export it again"
+                )
+    return {name: sum(part.stat().st_size for part in parts(path)) for name, path in paths.items()}
 
 
 def latency(
-    paths: dict[str, Path], shape: tuple[int, ...], *, batch: int = 1, threads: int = 1, repeats: int = 50, warmup: int = 5
+    sessions: Mapping[str, Session], shape: tuple[int, ...], *, batch: int = 1, repeats: int = 50, warmup: int = 5
 ) -> dict[str, Latency]:
-    """Times ONNX files in ONNX Runtime, taking turns, by the names given.
+    """Times loaded files, taking turns, by the names given.
 
     Args:
         shape: Of one input, without the batch. What is in the images does not matter to the time; they are zeros.
-        threads: That share the work of one call.
-        repeats: Timed calls per file, after `warmup` untimed ones.
+        repeats: Timed calls per session, after `warmup` untimed ones.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = _ERRORS_ONLY
-    sessions = {
-        name: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for name, path in paths.items()
-    }
     images = np.zeros((batch, *shape), np.float32)
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for turn in range(-warmup, repeats):
         for name, session in sessions.items():
-            given = {session.get_inputs()[0].name: images}
             start = time.perf_counter()
-            session.run(None, given)
+            session(images)
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     quartiles = {name: np.quantile(values, (0.25, 0.5, 0.75)) * 1000 for name, values in seconds.items()}

@@ -1,7 +1,7 @@
 """The numbers of a run, gathered: what `metrics.json` holds beside the images and the times.
 
-Full precision is the captured network, `quantized` the student executed on codes, `exported` the file in ONNX Runtime; all
-three see the same images in the same order.
+Full precision is the captured network, `quantized` the student executed on codes, `exported` the file in the runtime that it
+is made for; all three see the same images in the same order.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,12 +15,15 @@ from jaxtyping import Float
 from torch import Tensor, fx
 from torch.nn import functional
 
+from reverie import runtimes
+from reverie.export import Exporter
 from reverie.export import _verify as verify
-from reverie.export.onnx import export_float
+from reverie.export._certificate import certify
 from reverie.graph.integer import as_integers
 from reverie.graph.quantized import QuantizedNetwork
 from reverie.images import Images
 from reverie.progress import Progress
+from reverie.report import by_class
 from reverie.report.estimate import CALIBRATED, distances
 from reverie.report.measure import accuracy, agreement, latency, paired_interval, sizes
 
@@ -36,7 +39,8 @@ def collect(
     shape: tuple[int, int, int],
     sets: dict[str, Images],
     *,
-    onnx: Path | None,
+    exported: Path | None,
+    exporter: Exporter | None,
     packed: Path,
     float_file: Path,
     foreign: Images | None = None,
@@ -47,12 +51,14 @@ def collect(
     Args:
         sets: Images by what they are; those named "evaluation" have labels.
         foreign: Images to estimate the drop of accuracy on (`estimate.py`), if it is to be.
-        onnx: The exported model, if there is one.
+        exported: The exported model, if there is one; it is given its certificate.
+        exporter: What wrote it.
         packed: The native checkpoint.
         float_file: Where the full-precision ONNX file to compare with may be written.
 
     Raises:
-        ExportError: ONNX Runtime does not compute what the student does, or computes a layer in float.
+        ConfigError: The runtime that the exporter names is not installed.
+        ExportError: It does not compute what the student does, or computes a layer in float.
     """
     found: dict[str, Any] = {name: {"top1": None} for name in ("full_precision", "quantized", "exported")}
     found |= {
@@ -60,22 +66,27 @@ def collect(
         "agreement": {},
         "divergence": {},
         "parity": None,
+        "certificate": None,
         "bytes": {},
         "latency_ms": None,
         "estimate": None,
     }
-    if onnx is not None:
-        session = verify.open_session(onnx, threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    if exported is not None and exporter is not None:
+        own = runtimes.load(exporter.runtime)
+        session = own.open(exported, threads=threads)
         probes = torch.cat([part.inputs[: max(1, _PARITY_IMAGES // len(sets))] for part in sets.values()])
-        parity = verify.measure_parity(quantized, onnx, probes, threads=torch.get_num_threads())
-        verify.assert_parity(parity)
-        verify.assert_integer(onnx, quantized)
+        parity, found["certificate"] = certify(
+            quantized, exported, probes, exporter.runtime, checkpoint=packed, threads=threads
+        )
+        if exporter.device is None:
+            verify.assert_integer(exported, quantized, runtime=own)
         found["parity"] = asdict(parity)
     models: dict[str, Callable[[Tensor], Tensor]] = {
         "full_precision": partial(predict, teacher),
         "quantized": partial(predict, as_integers(quantized)),
     }
-    if onnx is not None:
+    if exported is not None:
         models["exported"] = partial(verify.predict, session, batch=BATCH)
     steps = sum(-(-len(part) // BATCH) for part in sets.values()) + (foreign is not None)
     with progress.stage("evaluate", total=max(1, steps)) as step:
@@ -85,9 +96,9 @@ def collect(
             found["divergence"][name] = {"images": len(part)} | scores["divergence"]
             if name == "evaluation" and part.labels is not None:
                 found |= {key: {"top1": value, "images": len(part)} for key, value in scores["top1"].items()}
-                found["difference"] = scores["difference"]
+                found |= {"difference": scores["difference"], "by_class": scores["by_class"]}
         if foreign is not None:
-            best = models["quantized" if onnx is None else "exported"]
+            best = models["quantized" if exported is None else "exported"]
             answers = (
                 torch.cat([model(part) for part in torch.split(foreign.inputs, BATCH)])
                 for model in (models["full_precision"], best)
@@ -95,10 +106,14 @@ def collect(
             found["estimate"] = asdict(CALIBRATED(distances(*answers)))
             step()
     found["bytes"] = {"network": packed.stat().st_size}
-    if onnx is not None:
+    if exported is not None and exporter is not None:
+        reads = own if float_file.suffix in own.reads else runtimes.load("onnxruntime")
+        # It imports what the extra `onnx` brings.
+        from reverie.export._onnx import export_float
+
         export_float(reference, shape, float_file)
-        found["bytes"] |= sizes({"fp32": float_file, "packed": onnx})
-        times = latency({"fp32": float_file, "quantized": onnx}, shape, threads=torch.get_num_threads())
+        found["bytes"] |= sizes({"fp32": float_file, "packed": exported})
+        times = latency({"fp32": reads.open(float_file, threads=threads), "quantized": session}, shape)
         found["latency_ms"] = {name: value.median for name, value in times.items()} | {
             "ratio": times["fp32"].median / times["quantized"].median,
             "quartiles": {name: [value.lower_quartile, value.upper_quartile] for name, value in times.items()},
@@ -117,7 +132,7 @@ def score(
 
     Returns:
         By model `agreement` and `divergence` (KL of its answer from full precision's, in nats, mean over images); with labels `top1`
-        too, and `difference` from full precision with its 95 % interval.
+        too, `difference` from full precision with its 95 % interval, and `by_class` (`by_class.py`) of the last model.
     """
     answers: dict[str, list[Tensor]] = {name: [] for name in models}
     divergences = dict.fromkeys((name for name in models if name != "full_precision"), 0.0)
@@ -143,6 +158,7 @@ def score(
         scores["difference"] = {
             name: paired_interval(predicted == labels, full == labels)._asdict() for name, predicted in others.items()
         }
+        scores["by_class"] = by_class.describe(labels, full, list(others.values())[-1], logits["full_precision"].shape[1])
     return scores
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _NAMES = {"full_precision": "full precision", "quantized": "fake-quantized", "exported": "exported (ONNX Runtime)"}
-_SETS = {
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}
+SETS = {
     "synthetic": "held-out synthetic",
     "unlabelled": "unlabelled",
     "evaluation": "evaluation",
@@ -34,7 +35,7 @@ def headline(metrics: dict[str, Any]) -> str:
         kind, answers = next(iter(metrics["agreement"].items()))
         share = answers.get("exported", answers["quantized"])
         sentence = (
-            f"{name} gives the class of full precision on {percent(share)} of {answers['images']} {_SETS[kind]} images; "
+            f"{name} gives the class of full precision on {percent(share)} of {answers['images']} {SETS[kind]} images; "
             f"{_unlabelled(metrics['estimate'])}"
         )
     else:
@@ -42,7 +43,13 @@ def headline(metrics: dict[str, Any]) -> str:
     if metrics["latency_ms"] is None:
         return f"{sentence}. Nothing was exported, so nothing was timed."
     smaller = metrics["bytes"]["fp32"] / metrics["bytes"]["packed"]
-    return f"{sentence}. The file is {smaller:.1f} times smaller; {_speed(metrics['latency_ms']['ratio'])} in ONNX Runtime."
+    return f"{sentence}. The file is {smaller:.1f} times smaller; {_speed(metrics['latency_ms']['ratio'])} in {runtime_name(metrics)}."
+
+
+def runtime_name(metrics: dict[str, Any]) -> str:
+    """What the exported file was executed in; runs of older versions knew one."""
+    name = (metrics["parity"] or {}).get("runtime", "onnxruntime")
+    return str(_RUNTIMES.get(name, name))
 
 
 def table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -52,7 +59,7 @@ def table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["", "accuracy", *(["difference, points (95 %)"] if labelled else [])]
     head += [*(f"agrees, {name}" for name in sets), "size", "latency", "speed"]
     rows = []
-    for key, name in _NAMES.items():
+    for key, name in (_NAMES | {"exported": f"exported ({runtime_name(metrics)})"}).items():
         if key == "exported" and metrics["latency_ms"] is None:
             continue
         row = [name, percent(metrics[key]["top1"]) if labelled else "no labels"]
@@ -81,7 +88,8 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     """A line each on parity, images, what was learned from them, and time."""
     lines = []
     if metrics["parity"] is not None:
-        lines.append(f"parity: {_parity(metrics['parity'])}")
+        lines.append(f"parity: {_parity(metrics['parity'], runtime_name(metrics))}")
+        lines += [f"parity: {line}" for line in other_runtimes(metrics)]
     lines += [f"images: {images_text(metrics['images'])}", *learning_notes(metrics)]
     if "mixed_precision" in metrics:
         lines.append(f"bits: {mixed_precision_text(metrics['mixed_precision'])}")
@@ -243,10 +251,56 @@ def _latency(metrics: dict[str, Any], key: str) -> tuple[str, str]:
     return f"{times['quantized']:.3g} ms", f"{times['ratio']:.2f} x"
 
 
-def _parity(parity: dict[str, Any]) -> str:
+def other_runtimes(metrics: dict[str, Any]) -> list[str]:
+    """What the certificate says of the runtimes that the file is not made for, a sentence each."""
+    issued = metrics.get("certificate") or {"runtime": None, "runtimes": {}}
+    return [
+        f"in {_RUNTIMES.get(name, name)} {proof['version']} {_told(proof)}"
+        for name, proof in issued["runtimes"].items()
+        if name != issued["runtime"]
+    ]
+
+
+def _told(proof: dict[str, Any]) -> str:
+    if "codes" not in proof:
+        return str(proof["failure"])
+    steps, integers = proof["max_code_difference"], proof["layers"] - len(proof["float_layers"])
+    return (
+        f"codes at most {steps} step{'' if steps == 1 else 's'} apart, same class on {percent(proof['top1_agreement'])} of "
+        f"{proof['images']} images, {integers} of {proof['layers']} layers in integers"
+    )
+
+
+def benchmark_notes(rows: Sequence[dict[str, Any]], bits: Sequence[int], *, full_precision: str) -> list[str]:
+    """What the numbers of `reverie benchmark` mean, in plain words.
+
+    Args:
+        bits: Of the weights of each layer.
+        full_precision: The name of that form in the rows.
+    """
+    notes = []
+    low = sum(width < 8 for width in bits)
+    if low:
+        notes.append(
+            f"{low} of {len(bits)} layers have weights below 8 bits: that buys a smaller file and not speed, because every runtime here "
+            "unpacks them to bytes when it loads the file and multiplies bytes"
+        )
+    if any(row["runtime"] == "torch" for row in rows):
+        notes.append("torch executes a program uncompiled here, every layer in float: torch.compile makes int8 kernels of it")
+    for row in rows:
+        slower = [size for size, time in row["latency_ms"].items() if (time["times_full_precision"] or 1) < 1]
+        if slower and row["form"] != full_precision:
+            notes.append(
+                f"{row['form']} is slower than full precision in {_RUNTIMES.get(row['runtime'], row['runtime'])} "
+                f"at batch {' and '.join(slower)}: there it buys size only"
+            )
+    return notes
+
+
+def _parity(parity: dict[str, Any], runtime: str) -> str:
     steps = parity["max_code_difference"]
     return (
-        f"codes of ONNX Runtime and the student at most {steps} step{'' if steps == 1 else 's'} apart "
+        f"codes of {runtime} and the student at most {steps} step{'' if steps == 1 else 's'} apart "
         f"({percent(parity['differing_share'])} differ), same class on {percent(parity['top1_agreement'])} "
         f"of {parity['images']} images"
     )

@@ -1,17 +1,7 @@
-"""Pictures of how images differ from real ones where the network looks: a plane of deep features, and deviations by layer.
-
-    feature_plane          x_i is what the last layer reads of image i. The plane is spanned by the two directions in which
-                           all sets together vary most, each set weighing the same: the eigenvectors of
-                           mean over sets of (mean over its images of (x_i - o)(x_i - o)^T), o the mean of the sets' means,
-                           each turned so that its largest entry is positive.
-    deviation_histograms   (m_l^i - mu_l)/sigma_l for every image i and channel of a batch norm l: how far the mean over an
-                           image alone is from the one remembered, in running standard deviations. Images optimized one by
-                           one towards the statistics pile up at 0; real ones spread.
-
-Reference: Zhang et al. 2021, arXiv:2103.01049 (DSG), for homogenization, which the histograms show.
+"""Pictures of how images differ from real ones where the network looks (`features.py`), as PNG files.
 
 matplotlib is asked for when something is drawn, through its objects and with its own default style: no global figure,
-no user's style. Equal images give equal bytes. Not here: t-SNE, whose picture depends on its settings.
+no user's style. Equal images give equal bytes.
 """
 
 import importlib
@@ -25,24 +15,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reverie.graph.batch_norm import BatchNorm, Observed
-from reverie.graph.operators import arguments, layers
-from reverie.graph.taps import tap
-from reverie.images import Images, evenly
+from reverie.files import atomic_write
 from reverie.models import _libraries
+from reverie.report.features import BINS, Deviations, Plane, histograms, off_and_spread, shown_layers
 from reverie.report.separation import REAL
-from reverie.runs import atomic_write
-from reverie.synthesis import Teacher
 
 _DPI = 150
-_BATCH = 64
-# More points hide each other, and every one costs a pass through the network.
-_MOST_IMAGES = 1000
-_MOST_LAYERS = 12
 _MOST_COLUMNS = 4
 # Inches; a legend needs as much.
 _NARROWEST = 6.0
-_BINS = 60
 _LONGEST_TITLE = 30
 # With more classes neither a legend nor distinct colours can tell them apart.
 _MOST_CLASSES_NAMED = 10
@@ -58,112 +39,66 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def feature_plane(path: Path, teacher: Teacher, sets: dict[str, Images]) -> None:
-    """Draws the deep features of every set, side by side on one plane, coloured by class, as the PNG `path`.
+def feature_plane(path: Path, plane: Plane, classes: int) -> None:
+    """Draws every set, side by side, coloured by class, as the PNG `path`.
 
     Args:
         path: Its folder must exist.
-        sets: By name, not empty each; of large ones a thousand images, evenly spaced, are shown.
+        classes: That the network knows.
 
     Raises:
         ModelError: matplotlib is not installed; the message names the extra.
         ConfigError: No space left, or `path` cannot be written.
     """
     _matplotlib()
-    read = {name: _features(teacher, images) for name, images in sets.items()}
-    projected, shares = principal_plane([features for features, _ in read.values()])
-    limits = _square(torch.cat(projected))
+    limits = _square(torch.cat(list(plane.points.values())))
 
     def draw(figure: Any, panels: list[Any]) -> None:
-        for axes, (name, (_, labels)), points in zip(panels, read.items(), projected, strict=True):
+        for axes, (name, points) in zip(panels, plane.points.items(), strict=True):
             axes.set_title(f"{name}, {len(points)} images", fontsize=10)
-            axes.scatter(*points.T.tolist(), c=_colours(labels, teacher.classes), s=_size(len(points)), lw=0, alpha=0.75)
+            colours = _colours(plane.classes[name], classes)
+            axes.scatter(*points.T.tolist(), c=colours, s=_size(len(points)), lw=0, alpha=0.75)
             axes.axhline(0, color="#dfdfd8", linewidth=0.6, zorder=0)
             axes.axvline(0, color="#dfdfd8", linewidth=0.6, zorder=0)
             axes.set(xlim=limits[0], ylim=limits[1], aspect="equal")
-        figure.supxlabel(f"first component ({100 * shares[0]:.0f} % of the variance)", fontsize=9, color=_SOFT)
-        figure.supylabel(f"second component ({100 * shares[1]:.0f} %)", fontsize=9, color=_SOFT)
-        if teacher.classes <= _MOST_CLASSES_NAMED:
-            names = [f"class {number}" for number in range(teacher.classes)]
+        first, second = (f"{100 * share:.0f} %" for share in plane.shares)
+        figure.supxlabel(f"first component ({first} of the variance)", fontsize=9, color=_SOFT)
+        figure.supylabel(f"second component ({second})", fontsize=9, color=_SOFT)
+        if classes <= _MOST_CLASSES_NAMED:
+            names = [f"class {number}" for number in range(classes)]
             _legend(figure, names, _CLASS_COLOURS, columns=5, marker="o", linestyle="none", markersize=5)
         else:
-            figure.suptitle(f"class 0 is blue, class {teacher.classes - 1} red", fontsize=9, color=_SOFT)
+            figure.suptitle(f"class 0 is blue, class {classes - 1} red", fontsize=9, color=_SOFT)
 
-    _write(path, draw, len(sets), width=3.0, height=3.0, shared=True)
+    _write(path, draw, len(plane.points), width=3.0, height=3.0, shared=True)
 
 
-def deviation_histograms(path: Path, teacher: Teacher, sets: dict[str, Images]) -> None:
+def deviation_histograms(path: Path, found: Deviations) -> None:
     """Draws how single images deviate from the statistics remembered, layer by layer, as the PNG `path`.
 
-    At most twelve batch norms, spread over the depth; writes nothing for a network without any. Arguments and errors as
-    for `feature_plane`.
+    At most twelve batch norms, spread over the depth; writes nothing for a network without any. Errors as for `feature_plane`.
     """
-    norms = [teacher.batch_norms[index] for index in evenly(len(teacher.batch_norms), _MOST_LAYERS).tolist()]
+    norms = shown_layers(found)
     if not norms:
         return
     _matplotlib()
-    found = {name: _deviations(teacher, images, norms) for name, images in sets.items()}
-    colours = _set_colours(list(sets))
-    titles = [f"{name}: {_off_and_spread(list(parts.values()))}" for name, parts in found.items()]
+    colours = _set_colours(list(found))
+    titles = [f"{name}: {_told([parts[norm] for norm in norms])}" for name, parts in found.items()]
 
     def draw(figure: Any, panels: list[Any]) -> None:
         for axes, norm in zip(panels, norms, strict=True):
-            parts = {name: deviations[norm.name] for name, deviations in found.items()}
-            _histogram(axes, parts, colours)
-            axes.set_title(_short(norm.name), fontsize=8)
+            _histogram(axes, *histograms(found, norm), colours)
+            axes.set_title(_short(norm), fontsize=8)
         figure.supxlabel("mean over one image less the mean remembered, in standard deviations", fontsize=9, color=_SOFT)
         figure.supylabel("share of images and channels", fontsize=9, color=_SOFT)
-        _legend(figure, titles, [colours[name] for name in sets], columns=3, linewidth=2)
+        _legend(figure, titles, [colours[name] for name in found], columns=3, linewidth=2)
 
     _write(path, draw, len(norms), width=2.4, height=1.8, shared=False)
 
 
-def principal_plane(sets: list[Float[Tensor, "_ width"]]) -> tuple[list[Float[Tensor, "_ 2"]], tuple[float, float]]:
-    """Every set on the plane where all together vary most, each weighing the same, and the shares of variance of its axes."""
-    origin = torch.stack([features.mean(dim=0) for features in sets]).mean(dim=0)
-    centred = [features - origin for features in sets]
-    _, scales, directions = torch.linalg.svd(torch.cat([rows / len(rows) ** 0.5 for rows in centred]), full_matrices=False)
-    plane = directions[:2]
-    # The sign of a direction is arbitrary.
-    plane = plane * plane.gather(1, plane.abs().argmax(dim=1, keepdim=True)).sign()
-    shares = scales.square() / scales.square().sum().clamp(min=1e-30)
-    return [rows @ plane.T for rows in centred], (float(shares[0]), float(shares[1]))
-
-
-def _features(teacher: Teacher, images: Images) -> tuple[Float[Tensor, "count width"], Int[Tensor, " count"]]:
-    """What the last layer reads of the images shown, and their classes: the labels, or what the teacher takes them for."""
-    last = arguments(layers(teacher.graph)[-1])["input"].name
-    logits = next(node for node in teacher.graph.graph.nodes if node.op == "output").args[0].name
-    tapped = tap(teacher.graph, [last, logits])
-    shown, rows, classes = images.evenly(_MOST_IMAGES), [], []
-    with torch.no_grad():
-        for part in torch.split(shown.inputs, _BATCH):
-            values = tapped(part.to(teacher.device))
-            rows.append(values[last].flatten(1).cpu())
-            classes.append(values[logits].argmax(dim=1).cpu())
-    return torch.cat(rows), torch.cat(classes) if shown.labels is None else shown.labels.cpu()
-
-
-def _deviations(teacher: Teacher, images: Images, norms: list[BatchNorm]) -> dict[str, Float[Tensor, "count _"]]:
-    """By batch norm: (m - mu)/sigma of every image shown and channel."""
-    place = {norm.name: index for index, norm in enumerate(teacher.batch_norms)}
-    observed = Observed(teacher.graph, "sample")
-    parts: dict[str, list[Tensor]] = {norm.name: [] for norm in norms}
-    with torch.no_grad():
-        for part in torch.split(images.evenly(_MOST_IMAGES).inputs, _BATCH):
-            means = observed(part.to(teacher.device))[1].mean
-            for norm in norms:
-                parts[norm.name].append(((means[place[norm.name]] - norm.mean) / norm.deviation).cpu())
-    return {name: torch.cat(rows) for name, rows in parts.items()}
-
-
-def _off_and_spread(layers: list[Float[Tensor, "count _"]]) -> str:
-    """How far the whole set is from 0 and its images from each other, averaged over channels and layers.
-
-    Noise is alike from image to image and yet off; its histogram is wide because every channel is off by something else.
-    """
-    off = torch.stack([part.mean(dim=0).abs().mean() for part in layers]).mean()
-    spread = torch.stack([part.std(dim=0, correction=0).mean() for part in layers]).mean()
+def _told(layers: list[Float[Tensor, "count _"]]) -> str:
+    """How far a set is off and spreads, averaged over layers."""
+    off, spread = torch.tensor([off_and_spread(part) for part in layers]).mean(dim=0).tolist()
     return f"off by {off:.2f}, spread {spread:.2f}"
 
 
@@ -173,16 +108,13 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_TITLE else f"...{name[3 - _LONGEST_TITLE :]}"
 
 
-def _histogram(axes: Any, parts: dict[str, Float[Tensor, "_ channels"]], colours: dict[str, str]) -> None:
-    """One outline a set, on bins that all share; what lies outside is in the outermost bins."""
-    reach = max(1e-6, *(float(part.abs().flatten().quantile(0.99)) for part in parts.values()))
-    edges = torch.linspace(-reach, reach, _BINS + 1)
-    for name, part in parts.items():
-        counts = torch.histogram(part.flatten().clamp(-reach, reach), edges).hist
-        heights = (counts / counts.sum()).tolist()
-        axes.stairs(heights, edges.tolist(), color=colours[name], linewidth=1.2, fill=False)
+def _histogram(axes: Any, reach: float, parts: dict[str, Float[Tensor, " bins"]], colours: dict[str, str]) -> None:
+    """One outline a set, on bins that all share."""
+    edges = torch.linspace(-reach, reach, BINS + 1).tolist()
+    for name, shares in parts.items():
+        axes.stairs(shares.tolist(), edges, color=colours[name], linewidth=1.2, fill=False)
         if name == REAL:
-            axes.stairs(heights, edges.tolist(), color=colours[name], alpha=0.12, fill=True)
+            axes.stairs(shares.tolist(), edges, color=colours[name], alpha=0.12, fill=True)
     axes.set_xlim(-reach, reach)
     axes.set_ylim(bottom=0)
     axes.set_yticks([])

@@ -1,21 +1,26 @@
-"""One HTML file about a run that needs nothing else: styles, charts and pictures are inside.
+"""One HTML file about a run that needs nothing else: styles, script, charts and pictures are inside, and nothing may be fetched.
 
-The words for the numbers come from `outcome.py`, as on the terminal; `report.html.j2` has the markup. Equal runs give equal
-files, since nothing here looks at the clock.
+The words for the numbers come from `outcome.py` and `verdict.py`; what each section shows from `sections.py`; `report.html.j2`,
+`report.css` and `report.js` have the markup, the looks and the behaviour. Equal runs give equal files, since nothing here looks
+at the clock. Every string is escaped where it enters the page, and a policy in its head forbids every request, and every script but
+ours, by its hash.
 """
 
 import base64
-import math
-from dataclasses import dataclass
+import hashlib
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from reverie.progress import duration_text
 from reverie.recipe import Recipe, tables, to_toml
-from reverie.report import outcome
+from reverie.report import details, outcome, privacy, sections, verdict
+from reverie.report.caveats import caveats
+from reverie.report.sensitivity_table import sensitivity_table
 
 _WORST = 10
 
@@ -36,92 +41,97 @@ _SEPARATION = {
 }
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One row or column of a chart; `share` of the largest, 0 to 1."""
-
-    name: str
-    share: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number in a table: `shade` says how large, 0 to 1; whether it was `chosen`."""
-
-    text: str
-    shade: float
-    chosen: bool
-
-
 def render(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], path: Path) -> str:
     """The report as HTML.
 
     Args:
-        metrics: As in `metrics.json`.
+        metrics: As in `metrics.json`, of a whole run or of one that made images only.
         record: As in `run.json`.
-        path: The run directory; its contact sheet and plots are put into the file.
+        path: The run directory; its `details.json`, where it has one, and its pictures are put into the file.
     """
-    template = (resources.files("reverie.report") / "report.html.j2").read_text(encoding="utf-8")
+    folder = resources.files("reverie.report")
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    head, rows = outcome.table(metrics)
-    return environment.from_string(template).render(
+    environment.filters["signed"] = lambda value, digits=2: f"{value:+.{digits}f}".replace("-", "\u2212")
+    template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
+    more = details.read(path)
+    sheet = sections.sheet(more.get("thumbnails"), path / "plots")
+    quantized = _quantized(metrics, more) if "quantization" in metrics else {"quantized": False}
+    return template.render(
         name=metrics["network"]["name"],
-        bits=outcome.bits_text(metrics),
-        methods=_methods(recipe),
-        headline=outcome.headline(metrics),
-        cards=_cards(metrics),
-        head=head,
-        rows=rows,
-        parity=metrics["parity"],
-        worst=_worst(metrics["parity"]),
-        latency=metrics["latency_ms"],
-        sheet=_embedded(path / "images" / "contact_sheet.png"),
+        methods=_methods(recipe) if quantized["quantized"] else _methods(recipe)[:1],
+        sentence=verdict.sentence(metrics),
+        mark=verdict.mark(metrics),
+        cards=verdict.cards(metrics),
+        sheet=sheet,
+        contact_sheet=None if sheet else sections.embedded(path / "images" / "contact_sheet.png"),
         images=outcome.images_text(metrics["images"]),
         learning=outcome.learning_notes(metrics),
         classes=_classes(metrics["images"]["diversity"]["class_histogram"]),
         class_labels=metrics["network"]["classes"] <= outcome.MOST_CLASSES_LISTED,
         measures=_measures(metrics["images"]["diversity"]),
         separation=_separation(metrics["images"].get("separation", {})),
-        features=_embedded(path / "plots" / "features.png"),
-        deviations=_embedded(path / "plots" / "deviations.png"),
-        sensitivity=_sensitivity(metrics.get("mixed_precision")),
-        bits_spent=outcome.mixed_precision_text(metrics["mixed_precision"]) if "mixed_precision" in metrics else "",
-        rounding=_rounding(metrics["rounding_errors"]),
+        plane=sections.plane(more.get("plane"), metrics["network"]["classes"]),
+        features=None if "plane" in more else sections.embedded(path / "plots" / "features.png"),
+        deviations=sections.deviations(more.get("deviations")),
+        histograms=None if "deviations" in more else sections.embedded(path / "plots" / "deviations.png"),
+        nearest=sections.embedded(path / "plots" / "nearest.png"),
+        privacy=privacy.lines(metrics),
+        curves=sections.curves(more.get("losses", {})),
         stages=_stages(metrics["seconds"]),
         total=duration_text(sum(metrics["seconds"].values())),
         memory=outcome.size_text(metrics["peak_memory_bytes"]),
         recipe=to_toml(recipe),
         facts=_facts(metrics, recipe, record),
-        caveats=_caveats(metrics, record),
+        commands=sections.commands(record),
+        caveats=caveats(metrics, record),
         percent=outcome.percent,
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
+        data=_as_data(sheet["data"] if sheet else []),
+        **quantized,
     )
+
+
+def _quantized(metrics: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """What a run has that did not only make images."""
+    head, rows = outcome.table(metrics)
+    tensors = more.get("tensors", [])
+    return {
+        "quantized": True,
+        "bits": outcome.bits_text(metrics),
+        "head": head,
+        "rows": rows,
+        "parity": metrics["parity"],
+        "runtime": outcome.runtime_name(metrics),
+        "others": outcome.other_runtimes(metrics),
+        "hashes": (metrics.get("certificate") or {}).get("sha256"),
+        "worst": _worst(metrics["parity"]),
+        "latency": metrics["latency_ms"],
+        "speed": sections.speed(metrics),
+        "tensors": tensors,
+        "looked_at": outcome.SETS.get(more.get("looked_at", ""), ""),
+        "ranges": sections.ranges(tensors),
+        "worst_ranges": sections.WORST,
+        "widths": sections.widths(tensors),
+        "by_class": metrics.get("by_class"),
+        "change": sections.change(metrics.get("by_class")),
+        "sensitivity": sensitivity_table(metrics.get("mixed_precision")),
+        "bits_spent": outcome.mixed_precision_text(metrics["mixed_precision"]) if "mixed_precision" in metrics else "",
+        "rounding": sections.rounding(metrics["rounding_errors"]),
+    }
+
+
+def _as_data(value: object) -> Markup:
+    """JSON for a script element: nothing in it can end the element, or begin a comment there."""
+    text = json.dumps(value, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _methods(recipe: Recipe) -> list[str]:
     resolved = tables(recipe)
     return [f"{key} {table['method']}" for key, table in resolved.items() if isinstance(table, dict) and "method" in table]
-
-
-def _cards(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The figures that matter most: what, how much, and beside what."""
-    best = "quantized" if metrics["exported"]["top1"] is None else "exported"
-    cards = []
-    if metrics[best]["top1"] is not None:
-        full = outcome.percent(metrics["full_precision"]["top1"])
-        cards.append(("accuracy", outcome.percent(metrics[best]["top1"]), f"full precision {full}"))
-    elif metrics["estimate"] is not None:
-        cards.append(("accuracy lost, estimated", *outcome.estimate_parts(metrics["estimate"])))
-    if metrics["agreement"]:
-        kind, answers = list(metrics["agreement"].items())[-1]
-        share = answers.get("exported", answers["quantized"])
-        cards.append(("agreement", outcome.percent(share), f"{answers['images']} {kind} images"))
-    if metrics["latency_ms"] is not None:
-        fp32, packed = metrics["bytes"]["fp32"], metrics["bytes"]["packed"]
-        cards.append(("size", f"{fp32 / packed:.1f} x smaller", f"{outcome.size_text(fp32)} to {outcome.size_text(packed)}"))
-        times = metrics["latency_ms"]
-        cards.append(("speed", f"{times['ratio']:.2f} x", f"{times['fp32']:.3g} ms to {times['quantized']:.3g} ms"))
-    return cards
 
 
 def _worst(parity: dict[str, Any] | None) -> list[tuple[str, int, float]]:
@@ -133,15 +143,11 @@ def _worst(parity: dict[str, Any] | None) -> list[tuple[str, int, float]]:
     return sorted(found, key=lambda part: (-part[1], -part[2], part[0]))[:_WORST]
 
 
-def _embedded(picture: Path) -> str | None:
-    if not picture.is_file():
-        return None
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-
-
-def _classes(histogram: list[int]) -> list[Bar]:
+def _classes(histogram: list[int]) -> list[sections.Bar]:
     most = max([1, *histogram])
-    return [Bar(str(number), count / most, f"class {number}: {count} images") for number, count in enumerate(histogram)]
+    return [
+        sections.Bar(str(number), count / most, f"class {number}: {count} images") for number, count in enumerate(histogram)
+    ]
 
 
 def _measures(diversity: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -160,47 +166,9 @@ def _separation(sets: dict[str, dict[str, float | None]]) -> tuple[list[str], li
     return list(sets), rows
 
 
-def _sensitivity(mixed: dict[str, Any] | None) -> list[tuple[str, list[str], list[tuple[str, str, list[Cell]]]]]:
-    """For weights and for activations: what they are, the widths, and a row for each tensor (name, elements, a cell for each width)."""
-    if mixed is None:
-        return []
-    largest = max(max(tensor["divergence"].values()) for tensor in mixed["tensors"])
-    found = []
-    for kind in ("weight", "activation"):
-        tensors = [tensor for tensor in mixed["tensors"] if tensor["kind"] == kind]
-        widths = sorted({int(bits) for tensor in tensors for bits in tensor["divergence"]})
-        rows = [
-            (
-                tensor["name"],
-                f"{tensor['elements']:,}",
-                [
-                    Cell(f"{value:.1e}", _shade(value, largest), int(bits) == tensor["bits"])
-                    for bits, value in sorted(tensor["divergence"].items(), key=lambda item: int(item[0]))
-                ],
-            )
-            for tensor in tensors
-        ]
-        found.append((f"{kind}s", [f"{bits} bits" for bits in widths], rows))
-    return found
-
-
-def _shade(value: float, largest: float) -> float:
-    """0 for what is a hundred-thousandth of the largest or less, 1 for the largest, in proportion to the logarithm."""
-    return max(0.0, 1 + math.log10(value / largest) / 5) if value > 0 else 0.0
-
-
-def _rounding(errors: dict[str, dict[str, float]]) -> list[Bar]:
-    """What is left of each unit's error."""
-    left = {name: error["after"] / error["before"] if error["before"] else 1.0 for name, error in errors.items()}
-    return [
-        Bar(name, min(1.0, left[name]), f"{error['before']:.3g} to {error['after']:.3g}, {100 * left[name]:.0f} % left")
-        for name, error in errors.items()
-    ]
-
-
-def _stages(seconds: dict[str, float]) -> list[Bar]:
+def _stages(seconds: dict[str, float]) -> list[sections.Bar]:
     longest = max([1e-9, *seconds.values()])
-    return [Bar(stage, value / longest, duration_text(value)) for stage, value in seconds.items()]
+    return [sections.Bar(stage, value / longest, duration_text(value)) for stage, value in seconds.items()]
 
 
 def _facts(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any]) -> dict[str, str]:
@@ -213,54 +181,3 @@ def _facts(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any]) -> d
     if options:
         facts["options"] = ", ".join(f"{key} = {value}" for key, value in options.items())
     return facts | {name: str(version) for name, version in record["versions"].items()}
-
-
-def _caveats(metrics: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    """What a reader might take these numbers for, and should not."""
-    found = []
-    if metrics["full_precision"]["top1"] is None:
-        found.append(
-            "No labelled images were given, so accuracy is unknown. Agreement with full precision is not accuracy: where both "
-            "agree both may be wrong, and where they differ the quantized network may be right."
-        )
-    else:
-        found.append(
-            "Accuracy and its interval are about images like the labelled ones given, with one set of synthetic images; another "
-            "seed gives slightly other weights."
-        )
-    if metrics["estimate"] is not None:
-        found.append(
-            "The drop of accuracy is an estimate: how much the answers change on synthetic images of another kind, and what such a change "
-            "meant for networks whose labels are known. For images unlike those that the network was trained on it says nothing."
-        )
-    if "synthetic" in metrics["agreement"]:
-        found.append(
-            "The held-out synthetic images come from the same method as those used for calibration. They show whether "
-            "quantization changed the network where it was looked at, not how it behaves on real images."
-        )
-    if "calibration" in metrics["agreement"]:
-        found.append(
-            "Agreement was measured on the calibration images themselves, for want of others: on new images it may be lower."
-        )
-    if "noise" in metrics["images"]["source"]:
-        found.append(
-            "Part of the calibration images is Gaussian noise, which knows nothing of the network: a baseline, no more."
-        )
-    if metrics["latency_ms"] is not None:
-        found.append(
-            f"Times are medians for single images in ONNX Runtime {record['versions'].get('onnxruntime', '')} on one machine "
-            f"({record['versions']['threads']} threads). Other processors rank FP32 and integers differently, and a busy "
-            "machine shifts both."
-        )
-    if metrics["quantization"].get("placement") == "literature":
-        found.append(
-            "This is the literature's placement (batch norms kept, all layers at the same bits), for comparison with papers: "
-            "integer runtimes execute another one, with another accuracy."
-        )
-    if metrics["latency_ms"] is None:
-        found.append("Nothing was run in a real runtime, so the numbers are those of the simulation in PyTorch.")
-    elif metrics["parity"] is not None:
-        found.append(
-            "Parity was checked in this version of ONNX Runtime on a CPU. Other runtimes round and fuse in their own ways."
-        )
-    return found

@@ -132,7 +132,7 @@ def measure(
         inputs: On the device of both.
     """
     questions = _questions(reference, quantized)
-    parts = torch.split(inputs, _batch(reference, inputs))
+    parts = torch.split(inputs, batch_that_fits(reference, inputs))
     axes = channel_axes(reference, inputs[:1])
     statistics = {name: _Statistics(quantizer, axes[name]) for name, quantizer in quantized.activations.items()}
     operands = _operands(reference, set(quantized.activations))
@@ -140,7 +140,7 @@ def measure(
     alone = dict.fromkeys(questions, 0.0)
     without = dict.fromkeys(questions, 0.0)
     divergence, agreeing = 0.0, 0
-    calls = _calls(quantized)
+    calls = quantizer_calls(quantized)
     ahead = tap(reference, dict.fromkeys([*statistics, *powers]))
     behind = tap(quantized.graph, calls.values())
     with progress.stage("diagnose", total=2 * len(questions) * len(parts)) as step:
@@ -194,15 +194,16 @@ def _questions(reference: fx.GraphModule, quantized: QuantizedNetwork) -> dict[t
             quantized.graph.get_buffer(layer.weight),
             None if layer.bias is None else quantized.graph.get_buffer(layer.bias),
         )
-        full = tuple(attribute(reference, argument) for argument in _parameters(nodes[name]))
+        full = tuple(attribute(reference, argument) for argument in parameters_of(nodes[name]))
         found["weight", name] = _Question((name, _layer_with(*ours)), (name, _layer_with(*full)))
-    calls = _calls(quantized)
+    calls = quantizer_calls(quantized)
     for name, quantizer in quantized.activations.items():
         found["activation", name] = _Question((name, _on_grid(quantizer)), (calls[name], _off_grid))
     return found
 
 
-def _parameters(layer: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+def parameters_of(layer: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """Its weight and its bias, if it has one."""
     weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
     assert isinstance(weight, fx.Node) and (bias is None or isinstance(bias, fx.Node))
     return weight, bias
@@ -230,14 +231,15 @@ def _off_grid(node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:
     return source
 
 
-def _calls(quantized: QuantizedNetwork) -> dict[str, str]:
+def quantizer_calls(quantized: QuantizedNetwork) -> dict[str, str]:
     """By tensor, the node of the student that puts it on its grid."""
     prefix = "activation_quantizers."
     nodes = [node for node in quantized.graph.graph.nodes if node.op == "call_module" and node.target.startswith(prefix)]
     return {node.target.removeprefix(prefix): node.name for node in nodes}
 
 
-def _batch(graph: fx.GraphModule, inputs: Tensor) -> int:
+def batch_that_fits(graph: fx.GraphModule, inputs: Tensor) -> int:
+    """How many of `inputs` to execute at once and hold all tensors of, at least one."""
     with torch.no_grad():
         values = sum(math.prod(shape) for shape in shapes(graph, inputs[:1]).values())
     return max(1, min(len(inputs), int(_MEMORY / (values * inputs.element_size()))))
@@ -304,7 +306,7 @@ class _Statistics:
 
 def _weight_facts(reference: fx.GraphModule, layer: QuantizedLayer) -> dict[str, Any]:
     node = next(node for node in reference.graph.nodes if node.name == layer.name)
-    weight = attribute(reference, _parameters(node)[0])
+    weight = attribute(reference, parameters_of(node)[0])
     assert weight is not None
     grid, scale, zero_point = layer.grid, layer.scale, layer.zero_point
 

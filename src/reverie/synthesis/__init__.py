@@ -34,6 +34,7 @@ class Teacher:
         name: What the user called it.
         fingerprint: Of its weights, for the images' provenance.
         capsule: Per-class statistics, if real images gave them.
+        whole: What it expects of an image where `input` is smaller (`image_scale`).
     """
 
     graph: fx.GraphModule
@@ -42,6 +43,7 @@ class Teacher:
     name: str
     fingerprint: str = ""
     capsule: Capsule | None = None
+    whole: InputContract | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,8 +103,19 @@ class Streaming(Synthesis, Protocol):
         ...
 
 
-def lacks_batch_norm(network: str, method: str) -> ModelError:
-    """The error for a network without batch norms given to a method that reads them."""
+def lacks_batch_norm(network: str, method: str, folded: int = 0) -> ModelError:
+    """The error for a network without batch norms given to a method that reads them.
+
+    Args:
+        folded: How many of its convolutions may hold one (`graph/unfold.py`).
+    """
+    if folded:
+        return ModelError(
+            f"{network}: {method} needs a batch norm with running statistics, got none but {folded} convolutions with a bias, into "
+            "which exporters fold them, and then what images are made from is lost; export it with batch norms "
+            "(torch.onnx.export(..., optimize=False)), or give --capsule with a file that `reverie capsule` made of this network where "
+            "labelled images are, or real images with --calibration --images 0 --set held_out=0, of which --recipe squant needs a few"
+        )
     return ModelError(
         f"{network}: {method} needs a batch norm with running statistics, got none in the network; "
         "use --calibration with a folder of images and --images 0 --set held_out=0, or --set synthesis.method=noise as a baseline"

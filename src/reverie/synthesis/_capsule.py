@@ -14,6 +14,9 @@ V = v_1 (algorithms 2.1). Several images a class, and classes without any, are o
 The file holds `count`, `correct` and, for each batch norm B, `B.mean` and `B.variance`; its metadata has one entry,
 `reverie`, a JSON object with `format`, `names` and `fingerprint`. Equal capsules give equal bytes.
 
+Of a network whose batch norms were folded, the centres are those of its convolutions' outputs (`graph/unfold.py`), and taken together
+they give it back what synthesis matches.
+
 Not here: centres that serve two networks. They are statistics of one network's inner values, for its weights alone.
 """
 
@@ -26,13 +29,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, fx
 
+from reverie import received
 from reverie.errors import ConfigError, ModelError, at
-from reverie.graph.batch_norm import Observed
+from reverie.files import atomic_write
+from reverie.graph.batch_norm import Observed, batch_norms
+from reverie.graph.unfold import unfold
 from reverie.images import Images
 from reverie.progress import Progress, Silent
-from reverie.runs import atomic_write
 
 if TYPE_CHECKING:
     from reverie.synthesis import Teacher
@@ -41,6 +46,15 @@ _FORMAT = "reverie capsule 1"
 # One key: safetensors writes several in an order that changes from process to process.
 _KEY = "reverie"
 _AGAIN = "make one with `reverie capsule`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What the metadata says."""
+
+    format: str
+    names: tuple[str, ...]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,18 @@ class Capsule:
         """The classes with images of which the network recognizes at most half."""
         return _places((self.count > 0) & ~self.correct)
 
+    def overall(self) -> tuple[list[Float[Tensor, " _"]], list[Float[Tensor, " _"]]]:
+        """Mean and variance at each batch norm over all classes that have images, each of the same weight.
+
+        m = mean_k M_k        v = mean_k V_k + mean_k (M_k - m)^2
+        """
+        present = self.count > 0
+        mean, variance = ([part[present] for part in parts] for parts in (self.mean, self.variance))
+        return (
+            [centre.mean(0) for centre in mean],
+            [spread.mean(0) + centre.var(0, correction=0) for centre, spread in zip(mean, variance, strict=True)],
+        )
+
     def to(self, device: torch.device | str) -> "Capsule":
         """The same on `device`."""
         return replace(
@@ -102,7 +128,8 @@ def capsule_of(teacher: "Teacher", images: Images, batch: int = 64, *, progress:
         ConfigError: No images, no labels or some outside the classes, or images that the network does not take.
         ModelError: The network has no batch norm.
     """
-    norms = teacher.batch_norms
+    graph = _with_batch_norms(teacher)
+    norms = batch_norms(graph)
     if not norms:
         raise ModelError(
             f"{teacher.name}: a capsule needs a batch norm with running statistics, got none in the network; "
@@ -117,7 +144,7 @@ def capsule_of(teacher: "Teacher", images: Images, batch: int = 64, *, progress:
     # has one order: equal images give equal capsules.
     first, second = torch.zeros(2, teacher.classes, sum(widths), dtype=torch.float64)
     hits = torch.zeros(teacher.classes, dtype=torch.long)
-    observed = Observed(teacher.graph, "sample")
+    observed = Observed(graph, "sample")
     parts = list(zip(torch.split(images.inputs, batch), torch.split(labels, batch), strict=True))
     with (progress or Silent()).stage("capsule", total=len(parts)) as step:
         for inputs, targets in parts:
@@ -171,7 +198,7 @@ def load_capsule(path: Path, teacher: "Teacher | None" = None) -> Capsule:
             capsule = _read(path)
         except FileNotFoundError as error:
             raise ConfigError("must be a file that `reverie capsule` wrote, got no such file; check the path") from error
-        except (OSError, SafetensorError, LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, LookupError) as error:
             raise ConfigError(f"must be a file that `reverie capsule` wrote, got another or a damaged one; {_AGAIN}") from error
         if teacher is not None:
             check_capsule(capsule, teacher)
@@ -191,11 +218,16 @@ def check_capsule(capsule: Capsule, teacher: "Teacher") -> None:
         )
     if capsule.classes != teacher.classes:
         raise ConfigError(f"must have a centre for each of the {teacher.classes} classes, got {capsule.classes}; {_AGAIN}")
-    expected = {norm.name: len(norm.mean) for norm in teacher.batch_norms}
+    expected = {norm.name: len(norm.mean) for norm in batch_norms(_with_batch_norms(teacher))}
     got = {name: mean.shape[1] for name, mean in zip(capsule.names, capsule.mean, strict=True)}
     # As lists, because their order is that of execution.
     if list(got.items()) != list(expected.items()):
         raise ConfigError(f"must have {_norms(expected)} of {teacher.name}, got {_norms(got)}; {_AGAIN}")
+
+
+def _with_batch_norms(teacher: "Teacher") -> fx.GraphModule:
+    """The teacher's graph, with batch norms put back if they were folded."""
+    return teacher.graph if teacher.batch_norms else unfold(teacher.graph)
 
 
 def _checked(images: Images, classes: int, shape: tuple[int, int, int]) -> Int[Tensor, " count"]:
@@ -223,8 +255,8 @@ def _checked(images: Images, classes: int, shape: tuple[int, int, int]) -> Int[T
 
 def _read(path: Path) -> Capsule:
     """What `path` holds; any of several errors if that is no capsule."""
+    about = _about(path)
     with safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {})[_KEY])
         if about["format"] != _FORMAT:
             raise ConfigError(f"must have the format {_FORMAT!r}, got {about['format']!r}; {_AGAIN}")
         names = tuple(about["names"])
@@ -234,7 +266,23 @@ def _read(path: Path) -> Capsule:
     shapes = [(len(count), centre.shape[1]) for centre in mean]
     if [*map(tuple, (correct.shape, *(part.shape for part in (*mean, *variance))))] != [(len(count),), *shapes, *shapes]:
         raise LookupError("tensors of different numbers of classes or channels")
+    if not all(bool(part.isfinite().all()) for part in (*mean, *variance)):
+        raise ConfigError(f"means and variances must be finite, got NaN or infinite values; {_AGAIN}")
+    if any(bool((part < 0).any()) for part in (*variance, count)):
+        raise ConfigError(f"variances and counts must be at least 0, got negative ones; {_AGAIN}")
     return Capsule(mean, variance, count, correct, names, about["fingerprint"])
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What the metadata says; any of several errors if that is no capsule's."""
+    try:
+        if path.exists():
+            received.check_file(path)
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = received.parse_json((file.metadata() or {})[_KEY], _About, _AGAIN)
+    except ConfigError as error:
+        raise LookupError(str(error)) from error
+    return about
 
 
 def _tensor(file: Any, name: str, kind: torch.dtype, dimensions: int) -> Tensor:

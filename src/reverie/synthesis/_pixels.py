@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -22,18 +23,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from reverie.checkpoints import Checkpoints
+from reverie.checkpoints import Checkpoints, Unfinished
+from reverie.descent import below, optimizer_state, restore_optimizer, under
 from reverie.errors import ConfigError, DivergenceError, check_range
 from reverie.graph.batch_norm import Level, Observed, Statistics
 from reverie.graph.swing import swing
 from reverie.images import Images
 from reverie.images.contract import InputContract
+from reverie.images.store import thumbnails
 from reverie.plugins import name_of
-from reverie.progress import Progress
+from reverie.progress import Progress, loss_note
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, batches, lacks_batch_norm
 from reverie.synthesis._losses import total_variation
 from reverie.synthesis._photographs import natural_noise, to_inputs
+
+# How often the loss is told.
+_STEPS_BETWEEN_NOTES = 10
 
 Alignment = Callable[[Tensor, Statistics], Tensor]
 Start = Literal["natural", "white"]
@@ -90,7 +96,13 @@ class BatchMethod(ABC):
 
     @abstractmethod
     def optimise(
-        self, teacher: Teacher, noise: Tensor, loss: Callable[[Tensor], Tensor], seed: Seed, step: Callable[..., None]
+        self,
+        teacher: Teacher,
+        noise: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        seed: Seed,
+        step: Callable[..., None],
+        unfinished: Unfinished,
     ) -> Float[Tensor, "size channels height width"]:
         """The batch, on the CPU, after `steps` steps down `loss`.
 
@@ -99,16 +111,18 @@ class BatchMethod(ABC):
             loss: Of the images, as network inputs; to be called once each step.
             seed: The batch's.
             step: To be called after each step.
+            unfinished: Where the batch's state is kept before that.
         """
 
     def __call__(self, teacher: Teacher, count: int, *, seed: Seed, checkpoints: Checkpoints, progress: Progress) -> Images:
-        """`count` images, batch by batch; each finished batch is a checkpoint."""
+        """`count` images, batch by batch; finished batches are checkpoints."""
         name = name_of(self)
         if not teacher.batch_norms:
             raise lacks_batch_norm(teacher.name, name)
         made = in_batches(
-            lambda number, size, step: self._batch(teacher, number * self.batch, size, seed.at(number), step),
+            lambda number, size, step, part: self._batch(teacher, number * self.batch, size, seed.at(number), step, part),
             batches(count, self.batch),
+            teacher.input,
             steps=self.steps,
             checkpoints=checkpoints,
             progress=progress,
@@ -119,11 +133,14 @@ class BatchMethod(ABC):
             sources=(name,) * count,
         )
 
-    def _batch(self, teacher: Teacher, offset: int, size: int, seed: Seed, step: Callable[..., None]) -> dict[str, Tensor]:
-        generator = seed.generator()
+    def _batch(
+        self, teacher: Teacher, offset: int, size: int, seed: Seed, step: Callable[..., None], unfinished: Unfinished
+    ) -> dict[str, Tensor]:
+        generator, swinging = seed.generator(), seed.at("swing").generator()
+        unfinished.draws_from(generator, swinging)
         noise, labels = drawn(teacher.input.shape, teacher.classes, size, generator)
         noise, targets = noise.to(teacher.device), labels.to(teacher.device)
-        graph = swing(teacher.graph, seed.at("swing").generator()) if self.swing else teacher.graph
+        graph = swing(teacher.graph, swinging) if self.swing else teacher.graph
         observed = Observed(graph, self.statistics_level())
         gain, shift = (part.to(noise) for part in to_inputs(teacher.input))
         align = self.alignment(teacher, observed, noise * gain + shift, offset, generator)
@@ -133,7 +150,7 @@ class BatchMethod(ABC):
             logits, statistics = observed(inputs)
             return align(inputs, statistics) + priors((inputs - shift) / gain, logits, targets)
 
-        return {"inputs": self.optimise(teacher, noise, loss, seed, step), "labels": labels}
+        return {"inputs": self.optimise(teacher, noise, loss, seed, step, unfinished), "labels": labels}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +174,13 @@ class PixelMethod(BatchMethod):
             raise ConfigError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
 
     def optimise(
-        self, teacher: Teacher, noise: Tensor, loss: Callable[[Tensor], Tensor], seed: Seed, step: Callable[..., None]
+        self,
+        teacher: Teacher,
+        noise: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        seed: Seed,
+        step: Callable[..., None],
+        unfinished: Unfinished,
     ) -> Float[Tensor, "size channels height width"]:
         """From noise on, by `descend`."""
         pixels = natural_noise(noise) if self.start == "natural" else noise
@@ -169,12 +192,14 @@ class PixelMethod(BatchMethod):
             learning_rate=self.learning_rate,
             clamp=self.clamp,
             step=step,
+            unfinished=unfinished,
         )
 
 
 def in_batches(
-    make: Callable[[int, int, Callable[..., None]], dict[str, Tensor]],
+    make: Callable[[int, int, Callable[..., None], Unfinished], dict[str, Tensor]],
     sizes: Sequence[int],
+    contract: InputContract,
     *,
     steps: int,
     stage: str = "synthesize",
@@ -182,11 +207,12 @@ def in_batches(
     checkpoints: Checkpoints,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """The parts of all batches, joined; each finished batch is a checkpoint.
+    """The parts of all batches, joined; a finished batch is a checkpoint, unless it took less time than writing one is worth.
 
     Args:
-        make: Makes a batch, given its number, its size and what to call after each of its `steps`.
+        make: Makes a batch, given its number, its size, what to call after each of its `steps`, and where to keep its state before that.
         sizes: Images of each batch.
+        contract: Of the images, to show them.
         stage: What progress calls it.
         part_name: What checkpoints call a batch, before its number.
     """
@@ -196,11 +222,13 @@ def in_batches(
             name = f"{part_name}-{number}"
             part = checkpoints.load(name)
             if part is None:
-                part = make(number, size, step)
-                checkpoints.save(name, part)
+                part = make(number, size, step, Unfinished(checkpoints, name))
+                if checkpoints.due():
+                    checkpoints.save(name, part)
             else:
                 step(steps, skipped=True)
             parts.append(part)
+            progress.show(partial(thumbnails, part["inputs"], contract))
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -220,6 +248,7 @@ def descend(
     learning_rate: float,
     clamp: bool = True,
     step: Callable[..., None],
+    unfinished: Unfinished,
     setting: str = "synthesis.learning_rate",
 ) -> Float[Tensor, "size channels height width"]:
     """Network inputs, on the CPU, after `steps` of Adam on `loss` from `pixels`.
@@ -229,6 +258,7 @@ def descend(
         loss: Of the network inputs that they stand for; called once each step.
         clamp: Keep pixels valid after each step.
         step: Called after each step.
+        unfinished: Where the state is kept before that; begun ones go on from there.
         setting: The key of the learning rate, for the error.
 
     Raises:
@@ -240,14 +270,23 @@ def descend(
     ends = contract.bounds(pixels)
     optimizer = torch.optim.Adam([pixels], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        (pixels.grad,) = torch.autograd.grad(loss(pixels * gain + offset), pixels)
+    done, saved = 0, unfinished.load()
+    if saved is not None:
+        done = restore_scheduled(optimizer, schedule, saved)
+        with torch.no_grad():
+            pixels.copy_(saved["pixels"])
+        step(done, skipped=True)
+    for number in range(done, steps):
+        value = loss(pixels * gain + offset)
+        (pixels.grad,) = torch.autograd.grad(value, pixels)
         optimizer.step()
         schedule.step()
         if clamp:
             with torch.no_grad():
                 torch.clamp(pixels, *((end - offset) / gain for end in ends), out=pixels)
-        step()
+        unfinished.keep(partial(_state, pixels, optimizer, number + 1))
+        # Reading a number waits for a GPU, so not at every step.
+        step(note="" if number % _STEPS_BETWEEN_NOTES else loss_note(value.item()))
     if not bool(torch.isfinite(pixels).all()):
         raise DivergenceError(
             f"synthesis: pixels must stay finite, got others after {steps} steps; "
@@ -255,6 +294,29 @@ def descend(
         )
     inputs = pixels.detach() * gain + offset
     return (torch.clamp(inputs, *ends) if clamp else inputs).cpu().contiguous()
+
+
+def _state(pixels: Tensor, optimizer: torch.optim.Optimizer, done: int) -> dict[str, Tensor]:
+    return {"pixels": pixels.detach(), **scheduled(optimizer, done)}
+
+
+def scheduled(optimizer: torch.optim.Optimizer, done: int) -> dict[str, Tensor]:
+    """The memory of an optimizer whose rates a schedule has changed `done` times."""
+    rates = torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)
+    return {"done": torch.tensor(done), "rates": rates, **below("optimizer", optimizer_state(optimizer))}
+
+
+def restore_scheduled(
+    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Tensor]
+) -> int:
+    """Puts both back to where `scheduled` told of them; the steps done."""
+    done, rates = int(state["done"]), state["rates"].tolist()
+    restore_optimizer(optimizer, under("optimizer", state))
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    # The schedule computes each rate from the last one, in floats that a formula would not meet.
+    schedule.load_state_dict({"last_epoch": done, "_step_count": done + 1, "_last_lr": rates})
+    return done
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reverie.checkpoints import Checkpoints
+from reverie.checkpoints import Checkpoints, Unfinished
 from reverie.descent import Descent, below, under
 from reverie.errors import ConfigError, check_range
 from reverie.graph.batch_norm import Level, Observed, Statistics
 from reverie.images import Images
 from reverie.images.source import Batch
 from reverie.plugins import name_of
-from reverie.progress import Progress
+from reverie.progress import Progress, loss_note
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, even_batches, lacks_batch_norm
 from reverie.synthesis._generator import CONDITIONINGS, Conditioning, Generator
@@ -44,8 +44,6 @@ from reverie.synthesis._losses import matching_loss, pooled, running, statistics
 from reverie.synthesis._photographs import to_inputs
 from reverie.synthesis._pixels import descend, in_batches
 
-# How often a warm-up is saved.
-_CHECKPOINTS = 10
 # From so many parameters on, a narrower generator is worth a hint.
 _LARGE = 10_000_000
 
@@ -138,7 +136,7 @@ class GeneratorStream(nn.Module):
         return self.train_step(self.settings.learning_rate * self.settings.decay ** int(4 * progress))[0]
 
     def sample(self, count: int, seed: Seed, *, checkpoints: Checkpoints, progress: Progress) -> Images:
-        """`count` images by the generator as it is now, classes in turn, refined; each refined batch is a checkpoint."""
+        """`count` images by the generator as it is now, classes in turn, refined; refined batches are checkpoints."""
         inputs, labels = self._generated(count, seed)
         if self.settings.refine_steps:
             inputs = self._refined(inputs, labels, seed, checkpoints, progress)
@@ -157,8 +155,9 @@ class GeneratorStream(nn.Module):
         sizes = even_batches(len(inputs), settings.batch)
         parts = torch.split(torch.arange(len(inputs)), sizes)
 
-        def refine(number: int, size: int, step: Callable[..., None]) -> dict[str, Tensor]:
+        def refine(number: int, size: int, step: Callable[..., None], unfinished: Unfinished) -> dict[str, Tensor]:
             chosen, random = parts[number], seed.at("refine", number).generator()
+            unfinished.draws_from(random)
             place = int(chosen[0])
             asked = labels[chosen].to(self.device)
 
@@ -174,6 +173,7 @@ class GeneratorStream(nn.Module):
                 steps=settings.refine_steps,
                 learning_rate=settings.refine_rate,
                 step=step,
+                unfinished=unfinished,
                 setting="synthesis.refine_rate",
             )
             return {"inputs": refined}
@@ -181,6 +181,7 @@ class GeneratorStream(nn.Module):
         refined = in_batches(
             refine,
             sizes,
+            self.input,
             steps=settings.refine_steps,
             checkpoints=checkpoints,
             progress=progress,
@@ -287,14 +288,14 @@ class GeneratorMethod:
         if saved is not None:
             stream.restore(saved)
         if stream.trained < self.steps:
-            every = max(self.steps // _CHECKPOINTS, 1)
             progress.say(f"{name}: {self._size_text(stream.generator.parameter_count)}")
             with progress.stage("synthesize", total=self.steps, done=stream.trained) as step:
                 while stream.trained < self.steps:
                     _, loss = stream.train_step(self.learning_rate)
-                    if stream.trained % every == 0 or stream.trained == self.steps:
+                    # At its end it is read twice: for the images, and for the student.
+                    if stream.trained == self.steps or checkpoints.due():
                         checkpoints.save("generator", stream.state())
-                    step(note=f"loss {loss:.3g}")
+                    step(note=loss_note(loss))
         return stream
 
     def _size_text(self, parameters: int) -> str:

@@ -30,14 +30,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reverie.descent import Descent
+from reverie.checkpoints import Unfinished
+from reverie.descent import Descent, below, under
 from reverie.errors import check_range
 from reverie.graph.batch_norm import Level, Observed, Statistics
+from reverie.progress import loss_note
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher
 from reverie.synthesis._generator import Generator
 from reverie.synthesis._losses import matching_loss, standard_distance
-from reverie.synthesis._pixels import Alignment, BatchMethod
+from reverie.synthesis._pixels import Alignment, BatchMethod, restore_scheduled, scheduled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,13 @@ class Genie(BatchMethod):
         return distance
 
     def optimise(
-        self, teacher: Teacher, noise: Tensor, loss: Callable[[Tensor], Tensor], seed: Seed, step: Callable[..., None]
+        self,
+        teacher: Teacher,
+        noise: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        seed: Seed,
+        step: Callable[..., None],
+        unfinished: Unfinished,
     ) -> Float[Tensor, "size channels height width"]:
         """By a generator that is thrown away afterwards."""
         # Norms that know one class are plain ones.
@@ -110,10 +118,25 @@ class Genie(BatchMethod):
             place="genie",
             cure=f"try --set synthesis.generator_rate={self.generator_rate / 4:g} with another --output",
         )
-        for number in range(self.steps):
-            descent.step(number, {"statistics and priors": loss(generator(latents, labels))})
+        learned = {"latents": latents, **below("generator", generator.state_dict(keep_vars=True))}
+
+        def state() -> dict[str, Tensor]:
+            values = {name: value.detach().clone() for name, value in learned.items()}
+            return {**scheduled(optimizer, number + 1), **values, **below("descent", descent.state())}
+
+        done, saved = 0, unfinished.load()
+        if saved is not None:
+            done = restore_scheduled(optimizer, schedule, saved)
+            descent.restore(under("descent", saved))
+            with torch.no_grad():
+                for name, value in learned.items():
+                    value.copy_(saved[name])
+            step(done, skipped=True)
+        for number in range(done, self.steps):
+            distance = descent.step(number, {"statistics and priors": loss(generator(latents, labels))})
             schedule.step()
-            step()
+            unfinished.keep(state)
+            step(note=loss_note(distance))
         with torch.no_grad():
             images: Tensor = generator(latents, labels)
         return images.cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Events of a running command, shown as bars on a terminal, as plain lines in a log, or as JSON lines.
+"""Events of a running command, shown as bars on a terminal (`_bars.py`), as plain lines in a log, or as JSON lines.
 
     progress.plan({"synthesize": 6.0, "quantize": 2.0})    optional: the stages to come and their relative cost
     with progress.stage("synthesize", total=500) as step:
@@ -12,14 +12,20 @@ them took count as work.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from reverie import interrupts
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    import numpy as np
+    from jaxtyping import UInt8
+
+# Gives images as the eye sees them; whoever does not show them never asks.
+Pictures = Callable[[], "UInt8[np.ndarray, 'count height width 3']"]
 
 SECONDS_BETWEEN_LINES = 5.0
 # After so many steps a log says how long the stage will take; a stage with fewer has no estimate.
@@ -49,6 +55,10 @@ class Progress(Protocol):
         """A line of information, during a stage or between two."""
         ...
 
+    def show(self, pictures: Pictures) -> None:
+        """Images that are finished, a few of a batch."""
+        ...
+
     def start(self, stage: str, total: int, done: int = 0) -> None:
         """`stage` begins and has `total` steps, `done` of which an earlier process did."""
         ...
@@ -67,10 +77,15 @@ class Progress(Protocol):
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-        """Starts the stage, gives `advance`, and finishes it in any case."""
+        """Starts the stage, gives `advance`, which also heeds signals, and finishes it in any case."""
+
+        def step(amount: int = 1, note: str = "", *, skipped: bool = False) -> None:
+            self.advance(amount, note, skipped=skipped)
+            interrupts.stop_if_asked()
+
         self.start(name, total, done)
         try:
-            yield self.advance
+            yield step
         finally:
             self.finish()
 
@@ -84,6 +99,9 @@ class Silent(Progress):
     def say(self, text: str) -> None:
         pass
 
+    def show(self, pictures: Pictures) -> None:
+        pass
+
     def start(self, stage: str, total: int, done: int = 0) -> None:
         pass
 
@@ -94,7 +112,7 @@ class Silent(Progress):
         pass
 
 
-class _Timed(Progress):
+class Timed(Progress):
     """Keeps count and time; those who show something say how in `_show`, which gets `start`, `advance` or `finish`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -104,6 +122,9 @@ class _Timed(Progress):
 
     def plan(self, stages: dict[str, float]) -> None:
         self._plan = dict(stages)
+
+    def show(self, pictures: Pictures) -> None:
+        """Nothing, unless the display has a place for pictures."""
 
     def start(self, stage: str, total: int, done: int = 0) -> None:
         self.name, self.total, self.done, self.note = stage, total, done, ""
@@ -162,6 +183,16 @@ class _Timed(Progress):
         to_come = weight * (1 - self.fraction) + sum(self._plan[name] for name in stages[stages.index(self.name) + 1 :])
         return (self._seconds_worked + self.seconds_working) * to_come / worked if worked else None
 
+    @property
+    def seconds_overall(self) -> float:
+        """What the stages of the plan have taken here so far."""
+        return self._seconds_worked + self.seconds_working
+
+    @property
+    def plan_of_stages(self) -> tuple[str, ...]:
+        """The names of the plan's stages, in order."""
+        return tuple(self._plan)
+
     def _left_text(self) -> str:
         """Such as `12 s left, 3 min overall, loss 0.4`; empty before the first step."""
         times = ((self.seconds_left, "left"), (self.seconds_left_overall, "overall"))
@@ -172,7 +203,7 @@ class _Timed(Progress):
         raise NotImplementedError
 
 
-class Lines(_Timed):
+class Lines(Timed):
     """Plain lines: one at the start, what it will take after the first steps, one every five seconds at most, one at the end."""
 
     def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
@@ -209,7 +240,7 @@ class Lines(_Timed):
         self._stream.flush()
 
 
-class JsonLines(_Timed):
+class JsonLines(Timed):
     """One JSON object a line for every event, for programs."""
 
     def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
@@ -230,46 +261,15 @@ class JsonLines(_Timed):
         self._stream.flush()
 
 
-class Bars(_Timed):
-    """A bar a stage on standard error, with the time left."""
-
-    def say(self, text: str) -> None:
-        # Rich writes it above the bar that is being drawn; a line that is wrapped at once stands as it is.
-        self._screen.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    @cached_property
-    def _screen(self) -> "Console":
-        # Takes 0.1 s to import, which nobody without a terminal should wait for.
-        from rich.console import Console
-
-        return Console(stderr=True)
-
-    def _show(self, event: str) -> None:
-        if event == "start":
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-            from rich.progress import Progress as RichProgress
-
-            columns = (
-                TextColumn("{task.description:12}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[left]}"),
-            )
-            self._bars = RichProgress(*columns, console=self._screen)
-            self._bars.start()
-            self._task = self._bars.add_task(self.name, total=self.total, completed=self.done, left="")
-        elif event == "advance":
-            self._bars.update(self._task, completed=self.done, left=self._left_text())
-        else:
-            self._bars.update(self._task, completed=self.done, left=duration_text(self.seconds))
-            self._bars.stop()
-
-
 def choose(stream: Stream, json: bool) -> Progress:
     """JSON lines if asked for, bars if `stream` is a terminal, plain lines otherwise."""
     if json:
         return JsonLines(stream)
-    return Bars() if stream.isatty() else Lines(stream)
+    if not stream.isatty():
+        return Lines(stream)
+    from reverie.progress._bars import Bars
+
+    return Bars()
 
 
 def duration_text(seconds: float) -> str:
@@ -282,6 +282,17 @@ def duration_text(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def loss_note(loss: float) -> str:
+    """The note of a step that says its loss, such as `loss 0.4172`."""
+    return f"loss {loss:.4g}"
+
+
+def loss_of(note: str) -> float | None:
+    """The loss that a note says, if it says one."""
+    found = re.search(r"\bloss (\S+)", note)
+    return float(found[1]) if found else None
 
 
 def _about_text(seconds: float) -> str:

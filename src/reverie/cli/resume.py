@@ -1,0 +1,111 @@
+"""`reverie resume`: an interrupted run, from its directory alone."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reverie.cli import quantize, synthesize
+from reverie.cli._options import Json
+from reverie.cli._output import say, say_json
+from reverie.errors import ConfigError
+from reverie.progress import choose
+
+if TYPE_CHECKING:
+    from reverie.pipeline import Run
+
+
+def resume(run: Path, /, *, accept_changes: bool = False, json: Json = False) -> None:
+    """Go on with an interrupted run from its last checkpoint; it ends with the bytes that it would have had undisturbed.
+
+    Nothing but the run directory is needed: it says what was asked for. It may have been moved. Network, images and recipe must be
+    what they were, and so must versions; the run's own number of threads is used. A complete run is left as it is.
+
+    Example: reverie resume runs/embedded-digits-w4a8
+
+    Args:
+        run: A run directory that `reverie quantize` or `reverie synthesize` began.
+        accept_changes: Go on with other versions of the libraries or another processor; the bytes may then be others.
+        json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
+    """
+    from reverie.runs import read_record
+
+    record = read_record(run)
+    asked = record["facts"].get("request")
+    if asked is None:
+        raise ConfigError(
+            f"{run}: must be a run that a command line began, got one that Python code began; call the same function again with "
+            "this output, it goes on"
+        )
+    target = asked.get("target")
+    # What was to be written for a tool comes after the images, and may be what is left to do.
+    if record["complete"] and (target is None or (run / target).is_dir()):
+        if json:
+            _print_metrics(run)
+        else:
+            say(f"{run} is complete; there is nothing to resume")
+        return
+    import torch
+
+    # Fewer or more threads sum in another order.
+    torch.set_num_threads(record["versions"]["threads"])
+    run, here = run.absolute(), Path(asked["folder"])
+    # What was given by relative paths lies where it did, or has been moved along with the current folder.
+    with contextlib.chdir(here) if here.is_dir() else contextlib.nullcontext():
+        done = _repeat(asked, run, accept_changes, json)
+    if json:
+        say_json(done.metrics)
+    elif asked["command"] == "quantize":
+        quantize.show(done)
+    else:
+        synthesize.show(done, asked["target"])
+
+
+def _repeat(asked: dict[str, Any], output: Path, accept_changes: bool, json: bool) -> "Run":
+    from reverie import formats, interrupts, models, pipeline, plugins
+    from reverie.best import Choice
+    from reverie.recipe import from_tables
+    from reverie.stages import reads_capsule
+    from reverie.synthesis._capsule import load_capsule
+
+    recipe = from_tables(asked["recipe"])
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in asked["options"].items()}
+    network = models.load(asked["network"], **given)
+    shown = choose(sys.stderr, json)
+    paths = {name: Path(asked[name]) for name in ("calibration", "capsule", "unlabelled") if asked.get(name) is not None}
+    labels = reads_capsule(recipe) and "capsule" not in paths
+    common: dict[str, Any] = {
+        "output": output,
+        "calibration": quantize.read_images(paths.get("calibration"), network, require_labels=labels, option="--calibration"),
+        "capsule": load_capsule(paths["capsule"]) if "capsule" in paths else None,
+        "device": asked["device"],
+        "accept_changes": accept_changes,
+        "request": asked,
+        "progress": shown,
+    }
+    with interrupts.heeded(shown.say):
+        if asked["command"] == "synthesize":
+            done = pipeline.run_synthesis(recipe, network, **common)
+            if asked["target"] is not None:
+                form = plugins.load(formats, asked["target"])()
+                synthesize.write_form(form, done, network)
+            return done
+        noted = asked["choice"]
+        return pipeline.run(
+            recipe,
+            network,
+            evaluation=None if asked["evaluation"] is None else quantize.labelled(asked["evaluation"], network),
+            unlabelled=quantize.read_images(paths.get("unlabelled"), network, require_labels=False, option="--unlabelled"),
+            budget=asked["budget"],
+            memory_limit=asked["memory_limit"],
+            choice=None if noted is None else Choice(noted["preset"], noted["settings"], tuple(noted["reasons"])),
+            **common,
+        )
+
+
+def _print_metrics(run: Path) -> None:
+    from reverie.records import read_metrics
+    from reverie.runs import check_hash
+
+    check_hash(run, run / "metrics.json")
+    say_json(read_metrics(run))

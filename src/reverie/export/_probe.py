@@ -1,0 +1,100 @@
+"""The codes of all tensors of a file, read without changing what the file computes.
+
+To read a code one asks for it as an output, and a runtime that gives it out cannot merge it away: where it would have, it runs
+other kernels and rounds elsewhere, and what was seen is not what users get. So all codes are asked for at once, and where that
+changes an answer by a single bit, each half of them is asked for alone, and so on. A tensor that changes the answer on its own is
+`unseen`: nobody can say which codes it has in the session that users get.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reverie.errors import ExportError
+from reverie.plugins import name_of
+from reverie.runtimes import Probe, Runtime, Session
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A session as users get it, and probes that answer as it does.
+
+    Args:
+        session: The session.
+        probes: Together they see every tensor that can be seen.
+        unrounded: Tensors that the runtime does not put on their grids, because it computes on inside one kernel.
+        unseen: Tensors that change the answer when they are asked for.
+    """
+
+    session: Session
+    probes: tuple[Probe, ...]
+    unrounded: frozenset[str]
+    unseen: frozenset[str]
+
+    def __call__(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+        """The logits, and the codes of the tensors that are seen and rounded, by name.
+
+        Raises:
+            ExportError: On these images a probe answers otherwise than the session.
+        """
+        logits = self.session(images)
+        codes: dict[str, NDArray[Any]] = {}
+        for probe in self.probes:
+            answer, found = probe(images)
+            if not np.array_equal(answer, logits):
+                raise ExportError(
+                    "logits: reading the codes must not change them, got the same on the images asked for and a difference of "
+                    f"{np.abs(answer - logits).max():.1e} on others; ask for them too"
+                )
+            codes |= found
+        return logits, codes
+
+
+def undisturbed(
+    runtime: Runtime,
+    path: Path,
+    names: Sequence[str],
+    images: NDArray[np.float32],
+    *,
+    batch: int = 64,
+    threads: int = 1,
+) -> Undisturbed:
+    """Probes for the codes of the tensors `names`, as few as leave the answers for `images` as they are.
+
+    Args:
+        images: All those that will be asked for: what changes one answer of a hundred would be seen too late.
+        batch: Images at a time.
+
+    Raises:
+        ExportError: The runtime cannot execute the file or answers what is no number, the file lacks one of the tensors, or not a
+            single one can be seen.
+    """
+    session = runtime.open(path, threads=threads)
+    parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+    expected = [session(part) for part in parts]
+    if bad := sum(int(np.count_nonzero(~np.isfinite(logits))) for logits in expected):
+        raise ExportError(
+            f"{path}: logits must be finite, got {bad} NaN or infinite ones on {len(images)} images in {name_of(runtime)}; "
+            "quantize with more bits, or compare on other images"
+        )
+
+    def divided(asked: Sequence[str]) -> tuple[list[Probe], frozenset[str]]:
+        probe = runtime.probe(path, asked, threads=threads)
+        if all(np.array_equal(probe(part)[0], logits) for part, logits in zip(parts, expected, strict=True)):
+            return [probe], frozenset()
+        if len(asked) == 1:
+            return [], frozenset(asked)
+        (left, hidden), (right, also) = divided(asked[: len(asked) // 2]), divided(asked[len(asked) // 2 :])
+        return [*left, *right], hidden | also
+
+    probes, unseen = divided(names)
+    if not probes:
+        raise ExportError(
+            f"{path}: reading codes must not change the logits, got other ones with each of the {len(names)} tensors; this version "
+            f"of {name_of(runtime)} optimizes what is probed differently, try another"
+        )
+    return Undisturbed(session, tuple(probes), frozenset().union(*(probe.unrounded for probe in probes)), unseen)

@@ -1,0 +1,182 @@
+"""What memory a run will take at its peak, estimated before anything is made, and how it is kept below a limit.
+
+With W the bytes of the weights, A the bytes that one image's forward pass computes (every tensor once, float32), L the largest of
+these tensors, and n a stage's images at a time:
+
+    always       the libraries, 6 W (the module, its graphs, exported files), every set of images once
+    synthesize   2 n A        what the backward pass reads, and its gradients; a generator adds 16 bytes a parameter
+    calibrate    64 . 4 L     a walk through the network holds a few tensors at a time
+    distil       3 n A + 16 W     fake quantization keeps twice as much, and Adam two moments
+    round        the tensors at the borders of units for all images, up to `reconstruction.cache_gib`, and 2 n A for a unit
+    measure      64 A / 2     codes of every tensor, bytes, and what the runtime holds beside them
+
+The estimate is the largest of the stages; how far it is off was measured (docs/benchmarks.md). `cache_gib` is what a limit lowers by
+itself, since a cache on the disk gives the same bytes; what else would have to be lower changes the result, and is named.
+
+Not here: a GPU's memory. On one, the weights and activations are there, and the estimate is about both together.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reverie.errors import ConfigError
+from reverie.images import Images
+from reverie.recipe import Recipe
+from reverie.stages import synthesizes
+from reverie.synthesis import Streaming, Teacher
+
+_GIB = 2**30
+# Python with torch, onnxruntime and what a report needs, with nothing loaded.
+_LIBRARIES = int(0.6 * _GIB)
+_WALK = 64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of each stage at its peak, all that is held anyway included.
+
+    Args:
+        stages: By name.
+        lower: For each stage, what makes it smaller.
+        cache: Of the stage "round", what may as well lie on the disk.
+    """
+
+    stages: dict[str, int]
+    lower: dict[str, str]
+    cache: int
+
+    @property
+    def stage(self) -> str:
+        """The one that takes most."""
+        return max(self.stages, key=self.stages.__getitem__)
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.stages[self.stage]
+
+    def told(self) -> str:
+        """For the user."""
+        return f"memory: about {self.peak / _GIB:.1f} GiB at the peak ({self.stage}), estimated"
+
+    def cache_within(self, limit: float) -> float:
+        """GiB that are left for the cache of reconstruction.
+
+        Args:
+            limit: GiB for the whole run.
+
+        Raises:
+            ConfigError: A stage does not fit without any cache; names it, and what to lower.
+        """
+        least = {name: size - self.cache * (name == "round") for name, size in self.stages.items()}
+        stage = max(least, key=least.__getitem__)
+        if least[stage] > limit * _GIB:
+            raise ConfigError(
+                f"--memory-limit must be at least the {least[stage] / _GIB:.1f} GiB that the stage {stage!r} is estimated to take, got "
+                f"{limit:g}; lower {self.lower[stage]}"
+            )
+        return limit - least.get("round", 0) / _GIB
+
+
+def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]) -> Estimate:
+    """The peak of a run; executes the network on one image.
+
+    Args:
+        sets: The real images.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in network.graph.state_dict().values())
+    total, largest = _activations(network)
+    area = recipe.image_scale**2
+    small = 1.0 if recipe.mosaic else area
+    image = 4 * network.input.channels * network.input.height * network.input.width
+    made = recipe.images * image * area * (1 + (recipe.mosaic or recipe.real_share > 0)) + image * (
+        recipe.held_out + recipe.estimate_images
+    )
+    read = sum(part.inputs.numel() * 4 for part in sets.values() if part is not None)
+    learned = min(recipe.calibration_images, recipe.images) + (
+        0 if sets.get("calibration") is None else min(recipe.calibration_images, len(sets["calibration"] or ()))
+    )
+    held = _LIBRARIES + 6 * weights + made + read + learned * image * small
+    stages: dict[str, float] = {
+        "calibrate": held + min(_WALK, learned) * 4 * largest * small,
+        "measure": held + _WALK * total / 2,
+    }
+    lower = dict.fromkeys(stages, "the number of real images (they are held as network inputs), or use a smaller network")
+    own: Any = recipe.synthesis
+    batch, whole = getattr(own, "batch", 1), max(recipe.held_out, recipe.estimate_images)
+    labelled = (known := sets.get("evaluation")) is not None and known.labels is not None
+    if synthesizes(recipe) or (recipe.estimate_images and not labelled):
+        sizes = [min(batch, recipe.images) * area, min(batch, whole)]
+        extra = 0.0
+        if isinstance(own, Streaming) and synthesizes(recipe):
+            # Its largest layers have `width` channels at the size of the image, several tensors of each.
+            sizes, extra = [batch], batch * 8 * 4 * own.width * network.input.height * network.input.width  # type: ignore[attr-defined]
+        stages["synthesize"] = held + 2 * max(sizes) * total + extra
+        lower["synthesize"] = f"synthesis.batch (now {batch}) with --set, or image_scale"
+    if recipe.distillation.steps:
+        size = batch if isinstance(own, Streaming) and recipe.distillation.synthetic != "kept" else recipe.distillation.batch
+        stages["distil"] = held + 3 * size * total * small + 16 * weights
+        lower["distil"] = f"distillation.batch (now {recipe.distillation.batch}) with --set"
+    cache = 0.0
+    if recipe.rounding.needs == "reconstruction":
+        settings = recipe.reconstruction
+        # Outputs of layers are about a third of what is computed; student and teacher have them, and quantized units their inputs.
+        cache = min(
+            settings.cache_gib * _GIB, learned * total * small * (2 if settings.learned_ranges or settings.drop else 1) / 3
+        )
+        stages["round"] = held + cache + 2 * min(settings.batch, max(learned, 1)) * total * small / 3 + 20 * largest
+        lower["round"] = (
+            f"reconstruction.batch (now {settings.batch}) or calibration_images (now {recipe.calibration_images}) with --set"
+        )
+    return Estimate({name: int(size) for name, size in stages.items()}, lower, int(cache))
+
+
+def limited(recipe: Recipe, found: Estimate, limit: float | None) -> Recipe:
+    """The recipe with a cache that fits; it makes the same bytes.
+
+    Args:
+        limit: GiB; None for none.
+
+    Raises:
+        ConfigError: No cache is small enough.
+    """
+    if limit is None:
+        return recipe
+    cache = min(recipe.reconstruction.cache_gib, found.cache_within(limit))
+    return replace(recipe, reconstruction=replace(recipe.reconstruction, cache_gib=cache))
+
+
+class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the tensors that operators make; a view of another tensor, or of one that was there before, is none."""
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = self.largest = 0
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in there}
+        # Held, so that no address is given out twice.
+        self._kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._seen:
+                self._seen.add(tensor.untyped_storage().data_ptr())
+                self._kept.append(tensor)
+                size = tensor.numel() * tensor.element_size()
+                self.total, self.largest = self.total + size, max(self.largest, size)
+        return found
+
+
+@torch.no_grad()
+def _activations(network: Teacher) -> tuple[int, int]:
+    """Bytes of all tensors of one image's forward pass, and of the largest."""
+    image = torch.zeros(1, *network.input.shape, device=network.device)
+    sizes = _Sizes([image, *network.graph.state_dict().values()])
+    with sizes:
+        network.graph(image)
+    return sizes.total, sizes.largest

@@ -1,0 +1,67 @@
+"""A run directory from somebody else: what its record says is checked, and code in it is not executed."""
+
+import json
+
+import pytest
+from tests.cli.test_bad_input import refused
+
+RECORD = {
+    "reverie": "0.1.0",
+    "identity": {"network": "0123"},
+    "versions": {"torch": "2.13.0", "threads": 1},
+    "earlier_versions": [],
+    "facts": {"network": "embedded:digits", "options": {}},
+    "stages": {"capture": {"seconds": 1.0}},
+    "complete": True,
+}
+PUT_BACK = "put back the file that the run wrote"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Writes a run directory with this record."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "network.safetensors").write_bytes(b"")
+
+    def write(**changed):
+        (folder / "run.json").write_text(json.dumps(RECORD | changed))
+        return folder
+
+    return write
+
+
+def test_a_python_file_that_came_with_a_run_is_not_executed(capsys, run, tmp_path):
+    folder = run(facts={"network": "run/nets.py:net", "options": {}})
+    (folder / "nets.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\ndef net(): ...\n")
+    assert refused(capsys, "export", "run") == (
+        "run: must name a network outside of this folder, got run/nets.py, which is code that would be executed; "
+        "read it, and give --network run/nets.py:net if you trust it"
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"complete": "yes"}, "complete must be a valid boolean, got 'yes'"),
+        ({"identity": []}, "identity must be an object, got []"),
+        ({"stages": {"capture": {}}}, "stages.capture.seconds must be there, got nothing"),
+        ({"facts": {}}, "facts: network must be there, got nothing"),
+        ({"facts": {"network": 1, "options": {}}}, "facts: network must be a valid string, got 1"),
+        ({"facts": {"network": "x", "options": {"mean": "0.5"}}}, "facts: options.mean must be a valid array, got '0.5'"),
+        (
+            {"facts": {"network": "x", "options": {}, "sha256": {"network.safetensors": 1}}},
+            "facts: sha256.network.safetensors must be a valid string, got 1",
+        ),
+    ],
+)
+def test_a_record_of_another_structure_is_refused_with_the_place(capsys, run, changed, message):
+    run(**changed)
+    assert refused(capsys, "export", "run") == f"run/run.json: {message}; {PUT_BACK}"
+
+
+def test_a_message_cannot_move_the_cursor(capsys, run):
+    run(facts={"network": "\x1b[2J\u202e:x", "options": {}})
+    assert "\\x1b[2J\\u202e" in refused(capsys, "export", "run")
