@@ -11,6 +11,7 @@ The list is that of `tests/graph/test_networks.py`. Each network has a process o
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,7 +36,8 @@ def networks() -> ModuleType:
 
 
 def measure(name: str, bits: int, target: str, symmetric: bool, file: Path) -> dict[str, Any]:
-    """Exports one network, and compares what ONNX Runtime computes with what the student does."""
+    """Exports one network, has the file checked, and compares what ONNX Runtime computes with what the student does."""
+    import onnx
     import torch
 
     from reverie import export, plugins, runtimes
@@ -66,6 +68,8 @@ def measure(name: str, bits: int, target: str, symmetric: bool, file: Path) -> d
             quantizer.set_qparams(*weight_qparams(weight, MinMax(), quantizer.grid, symmetric=True))
         quantized = finish(student)
     plugins.load(export, target)()(quantized, case.shape, file)
+    onnx.checker.check_model(file, full_check=True)
+    onnx.shape_inference.infer_shapes_path(file, os.devnull, strict_mode=True)
     parity = verify.measure_parity(quantized, file, images, batch=4)
     try:
         verify.assert_parity(parity)

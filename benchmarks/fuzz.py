@@ -1,6 +1,6 @@
-"""Ten thousand damaged and hostile files: each must end in one line of ours, or be a file that is as good as another.
+"""Twelve thousand damaged and hostile files, of which ten thousand are refused: each ends in a line of ours, or is as good as another.
 
-    python benchmarks/fuzz.py                                    all readers, 10,000 inputs; a table
+    python benchmarks/fuzz.py                                    all readers, 12,500 inputs; a table
     python benchmarks/fuzz.py --reader onnx --inputs 200         one reader
     python benchmarks/fuzz.py --commands 300                     through the command line, exit status and output looked at
     python benchmarks/fuzz.py --reader onnx --only 17            one input, here and now, for a debugger; its file stays
@@ -42,8 +42,10 @@ from mutations import BYTES, Mutation
 from PIL import Image, PngImagePlugin
 
 from reverie import models, recipe
+from reverie.checkpoints import Folder
 from reverie.cli import main as command_line
 from reverie.errors import ReverieError
+from reverie.files import ASIDE
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "fuzz"
@@ -72,7 +74,7 @@ class Reader:
         place: Puts the mutated bytes where the reader looks: the folder of the input, the seed, the bytes. Gives what to hand it.
         read: The reader; the same calls as those of the commands.
         command: A command line that reads it.
-        inputs: Of 10,000.
+        inputs: The share of all inputs that are for this reader, as a number beside those of others.
     """
 
     seeds: tuple[str, ...]
@@ -94,6 +96,14 @@ def in_run(folder: Path, seed: Path, data: bytes) -> Path:
     """The run with the file in place of its own; the hashes of an untouched run would find it at once, so they are not there."""
     run = folder / "run"
     shutil.copytree(BUILD / "unhashed", run)
+    (run / seed.name).write_bytes(data)
+    return run
+
+
+def in_interrupted(folder: Path, seed: Path, data: bytes) -> Path:
+    """An interrupted run with the file in place of its own."""
+    run = folder / "run"
+    shutil.copytree(BUILD / "interrupted", run)
     (run / seed.name).write_bytes(data)
     return run
 
@@ -165,6 +175,20 @@ def read_record(run: Path) -> None:
     exported_files(run)
     packed_file(run)
     load_network(run, None, NO_OPTIONS)
+
+
+def read_interrupted(run: Path) -> None:
+    """What `resume` and `runs` read first; the network is not loaded here, nor what is not this very one."""
+    from reverie.cli._request import asked_in
+    from reverie.cli._runs import check_code
+    from reverie.recipe import from_tables
+    from reverie.report import details, overview
+
+    overview.look_at(run)
+    details.read(run)
+    if (asked := asked_in(run)) is not None:
+        check_code(run, asked["network"], "type its command again")
+        from_tables(asked["recipe"])
 
 
 def read_exported(run: Path) -> None:
@@ -284,6 +308,23 @@ READERS = {
         lambda run, _: ["verify", str(run), "--images", "2", "--runtime", "onnxruntime"],
         1300,
     ),
+    "interrupted": Reader(
+        ("interrupted/run.json", "interrupted/run.json", "interrupted/details.json"),
+        (mutations.json_edit,),
+        in_interrupted,
+        read_interrupted,
+        lambda run, _: ["resume", str(run)],
+        1000,
+    ),
+    "checkpoint": Reader(
+        ("checkpoints/part.safetensors",),
+        (mutations.safetensors_edit,),
+        beside,
+        lambda path: Folder(path.parent, "aaaa").load(path.stem),
+        # No command takes one by its name.
+        lambda path, _: ["inspect", str(path)],
+        1000,
+    ),
     "pictures": Reader(
         ("pictures/*.*",),
         (mutations.png_edit,),
@@ -358,8 +399,13 @@ def make_seeds() -> None:
         assert command_line(command) == 0
     shutil.copytree(BUILD / "run", BUILD / "unhashed")
     record = json.loads((BUILD / "run" / "run.json").read_text())
-    del record["facts"]["sha256"]
+    # Neither hashes of its files nor of itself, which would find any change before anything else looks.
+    del record["facts"]["sha256"], record["sha256"]
     (BUILD / "unhashed" / "run.json").write_text(json.dumps(record))
+    shutil.copytree(BUILD / "unhashed", BUILD / "interrupted")
+    (BUILD / "interrupted" / "run.json").write_text(json.dumps(record | {"complete": False, "stages": {}}))
+    (BUILD / "checkpoints").mkdir()
+    Folder(BUILD / "checkpoints", "aaaa").save("part", {"codes": torch.arange(600).reshape(20, 30), "scale": torch.tensor(0.5)})
     for name in recipe.presets():
         (BUILD / "recipes" / f"{name}.toml").write_text(recipe.to_toml(recipe.read(name)))
     chance = np.random.default_rng(0)
@@ -478,6 +524,8 @@ def command(argv: list[str], folder: Path) -> tuple[str, str]:
         except BaseException as error:  # noqa: BLE001 - what this looks for
             return "fault", f"{type(error).__name__}: {error}"
     text = output[0]
+    if left := [path for place in (folder, folder.with_name("out")) for path in place.rglob(ASIDE)]:
+        return "fault", f"left {left[0].name}"
     if status == 0:
         return "accepted", ""
     lines = [line for line in text.splitlines() if line.startswith("reverie: ")]
@@ -542,7 +590,7 @@ def main() -> None:
     """Makes what is missing, reads, and prints the table; faults with their numbers on standard error, as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reader", choices=READERS, action="append")
-    parser.add_argument("--inputs", type=int, default=10_000, help="of all readers together, or of the one that is named")
+    parser.add_argument("--inputs", type=int, default=12_500, help="of all readers together, or of the one that is named")
     parser.add_argument("--commands", type=int, help="so many command lines instead, of all readers together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one input")

@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from reverie import interrupts
-from reverie.checkpoints import Checkpoints, Folder, Forgetful
+from reverie.checkpoints import Checkpoints, Folder, Forgetful, Unfinished
 from reverie.errors import ConfigError
 from reverie.runs import RunDirectory
 
@@ -54,7 +55,8 @@ def test_any_changed_byte_and_any_length_is_found(tmp_path):
     whole = file.read_bytes()
     generator = torch.Generator().manual_seed(0)
     places = torch.randperm(len(whole), generator=generator)[:300].tolist()
-    for place in [*range(0, 400, 7), *places]:
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(header), *places]:
         file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
         assert refusal(folder).startswith(f"{file}: must be a checkpoint that this run wrote, got "), place
     for length in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
@@ -62,6 +64,15 @@ def test_any_changed_byte_and_any_length_is_found(tmp_path):
         assert refusal(folder) == (
             f"{file}: must be a checkpoint that this run wrote, got a damaged or foreign file; delete it, what it held is made again"
         )
+
+
+@pytest.mark.parametrize("told", ["[]", '{"run": "aaaa"}', '{"run": 1, "sha256": ""}'])
+def test_a_part_that_says_something_else_of_itself_is_refused(tmp_path, told):
+    file = tmp_path / "part.safetensors"
+    save_file(PART, file, {"reverie": told})
+    assert refusal(Folder(tmp_path, "aaaa")) == (
+        f"{file}: must be a checkpoint that this run wrote, got a damaged or foreign file; delete it, what it held is made again"
+    )
 
 
 def test_parts_are_due_when_writing_one_costs_less_than_its_share(tmp_path, monkeypatch):
@@ -84,6 +95,32 @@ def test_parts_are_due_when_writing_one_costs_less_than_its_share(tmp_path, monk
     now += 0.2
     assert folder.due()
     assert not Forgetful().due()
+
+
+def test_the_first_part_is_due_when_what_it_is_expected_to_cost_is_a_small_share(tmp_path):
+    now = 0.0
+    folder = Folder(tmp_path, seconds=1.0, share=0.02, clock=lambda: now)
+    now = 97.0
+    # Half a gigabyte in two seconds, which are 2 % of a hundred.
+    assert folder.due(1000) and not folder.due(500_000_000)
+    now = 98.1
+    assert folder.due(500_000_000)
+
+
+def test_a_large_unfinished_part_waits_until_it_is_worth_its_time(tmp_path):
+    now, asked = 0.0, []
+    unfinished = Unfinished(Folder(tmp_path, seconds=1.0, share=0.02, clock=lambda: now), "part")
+
+    def state():
+        asked.append(now)
+        return {"large": torch.zeros(1).expand(125_000_000)}
+
+    now = 2.0
+    unfinished.keep(state)
+    now = 3.0
+    unfinished.keep(state)
+    # Put together once, to know how large it is.
+    assert asked == [2.0] and not list(tmp_path.iterdir())
 
 
 def test_a_part_is_due_at_once_when_the_process_is_asked_to_stop(tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ from torch import nn
 
 from reverie import memory
 from reverie.errors import ConfigError
+from reverie.forecast import forecast
+from reverie.interrupts import Interrupted
 from reverie.models import InputContract, Network
-from reverie.pipeline import run
+from reverie.pipeline import run, run_synthesis
 from reverie.progress import Silent
 from reverie.recipe import read
 from reverie.stages import as_teacher
@@ -51,6 +53,50 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(tiny_cnn, tmp_pat
     )
     # The folder is free for the cure.
     run(read("zeroq", QUICK), tiny_cnn(), output=tmp_path / "run", memory_limit=1.0)
+
+
+def test_images_alone_are_refused_too_and_so_is_a_forecast(tiny_cnn, tmp_path):
+    recipe = read("zeroq", QUICK)
+    needed = memory.estimate_images_alone(recipe, as_teacher(tiny_cnn()), {}).peak / 2**30
+    expected = (
+        f"--memory-limit must be at least the {needed:.1f} GiB that the stage 'synthesize' is estimated to take, got 0.1; lower "
+        "synthesis.batch (now 8) with --set, or image_scale"
+    )
+    with pytest.raises(ConfigError) as caught:
+        run_synthesis(recipe, tiny_cnn(), output=tmp_path / "run", memory_limit=0.1)
+    assert str(caught.value) == expected
+    with pytest.raises(ConfigError) as caught:
+        forecast(recipe, tiny_cnn(), memory_limit=0.1, only_images=True)
+    assert str(caught.value) == expected
+    with pytest.raises(ConfigError, match=r"^--memory-limit must be at least "):
+        forecast(recipe, tiny_cnn(), memory_limit=0.1)
+    # The folder is free for the cure.
+    run_synthesis(recipe, tiny_cnn(), output=tmp_path / "run", memory_limit=1.0)
+
+
+class Stopped(Silent):
+    """Is interrupted when `stage` begins."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def start(self, stage, total, done=0):
+        if stage == self.at:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_got_further_survives_a_limit_that_is_too_low(tiny_cnn, tmp_path):
+    recipe = read("adaround", QUICK | {"reconstruction.iterations": 3})
+    run(recipe, tiny_cnn(), output=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(recipe, tiny_cnn(), output=tmp_path / "run", progress=Stopped("round"))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"^--memory-limit must be at least "):
+        run(recipe, tiny_cnn(), output=tmp_path / "run", memory_limit=0.1)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    run(recipe, tiny_cnn(), output=tmp_path / "run")
+    for file in ("images.safetensors", "network.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_a_limit_moves_the_cache_to_the_disk_and_changes_no_byte(tiny_cnn, tmp_path, monkeypatch):

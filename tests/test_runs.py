@@ -265,9 +265,9 @@ def test_what_a_new_run_notes_is_in_its_first_file(tmp_path):
 def test_more_on_what_changed_stands_behind_the_hashes(tmp_path):
     RunDirectory.open(tmp_path, IDENTITY).close()
     with pytest.raises(ConfigError) as caught:
-        RunDirectory.open(tmp_path, IDENTITY | {"network": "c"}, explain=lambda parts: f" (look at {parts})")
+        RunDirectory.open(tmp_path, IDENTITY | {"network": "c"}, explain=lambda parts: [f"look at {parts}", "there"])
     assert str(caught.value) == (
-        f"{tmp_path}: must be new or hold the same run, got one with network 'bbbb' instead of 'c' (look at ['network']); choose "
+        f"{tmp_path}: must be new or hold the same run, got one with network 'bbbb' instead of 'c' (look at ['network']; there); choose "
         "another --output, or delete the folder"
     )
 

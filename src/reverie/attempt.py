@@ -20,7 +20,7 @@ from reverie.models import Network
 from reverie.progress import Progress
 from reverie.recipe import Recipe, to_toml
 from reverie.records import read_metrics
-from reverie.request import capsule_digest, identity, images_digest
+from reverie.request import capsule_digest, identity, images_digest, recipe_changes
 from reverie.runs import RunDirectory
 from reverie.synthesis import Teacher
 from reverie.synthesis._capsule import Capsule
@@ -57,8 +57,8 @@ def working_in(
     known = {name: images_digest(part) for name, part in sets.items()} | {"capsule": capsule_digest(capsule), "device": device}
     noted = {"network": network.name, "options": network.options, "seed": recipe.seed, "device": device, "request": request}
 
-    def explain(changed: list[str]) -> str:
-        return real_images.changes(folder, read, changed)
+    def explain(changed: list[str]) -> list[str]:
+        return recipe_changes(folder, recipe, changed) + real_images.changes(folder, read, changed)
 
     try:
         with RunDirectory.open(
@@ -105,7 +105,7 @@ def complete(directory: RunDirectory, metrics: Mapping[str, Any], pages: Mapping
     atomic_json(directory.path / "metrics.json", metrics)
     for name, text in (pages or {}).items():
         atomic_text(directory.path / name, text)
-    ours = ("*.safetensors", "network.*", "recipe.toml", "metrics.json", real_images.FILE)
+    ours = ("*.safetensors", "network.*", "recipe.toml", "metrics.json", "details.json", "report.html", real_images.FILE)
     directory.seal(*sorted({file for pattern in ours for file in directory.path.glob(pattern)}))
     directory.complete()
 
@@ -126,10 +126,15 @@ def within(
 
 @contextmanager
 def free_if_refused(directory: RunDirectory) -> Iterator[None]:
-    """Leaves the folder free for another request where this one is refused before anything has been learned."""
+    """Leaves the folder free for another request where this one is refused before anything has been learned.
+
+    A run that an earlier process got further with stays as it is: what is refused may be less memory, or another torch.
+    """
     try:
         yield
     except (ConfigError, ModelError):
+        if not directory.is_new:
+            raise
         for name in ("run.json", "recipe.toml", "capsule.safetensors", real_images.FILE):
             (directory.path / name).unlink(missing_ok=True)
         checkpoints = directory.path / "checkpoints"

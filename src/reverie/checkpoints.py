@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,12 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reverie import interrupts
+from reverie import interrupts, received
 from reverie.errors import ConfigError
 from reverie.files import atomic_write
 
 # In a run: seconds between two checkpoints at least, and what share of the time between them writing one may take at most.
 SECONDS, SHARE = 1.0, 0.02
+# What is expected of the first, which nothing has been measured for: hashed, written and flushed, on a slow disk.
+_BYTES_A_SECOND = 2.5e8
 
 
 @runtime_checkable
@@ -37,8 +40,12 @@ class Checkpoints(Protocol):
         """Those of a stage below."""
         ...
 
-    def due(self) -> bool:
-        """Whether a part that could be computed again is worth keeping now: enough time went by, or the process is asked to stop."""
+    def due(self, size: int = 0) -> bool:
+        """Whether a part that could be computed again is worth keeping now: enough time went by, or the process is asked to stop.
+
+        Args:
+            size: Its bytes, where they are known.
+        """
         ...
 
     def load(self, name: str) -> dict[str, Tensor] | None:
@@ -63,7 +70,7 @@ class Forgetful:
         """Itself."""
         return self
 
-    def due(self) -> bool:
+    def due(self, size: int = 0) -> bool:
         """Never."""
         return False
 
@@ -73,6 +80,14 @@ class Forgetful:
 
     def save(self, name: str, part: dict[str, Tensor]) -> None:
         """Nothing."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a part says of itself."""
+
+    run: str
+    sha256: str
 
 
 class Folder:
@@ -103,10 +118,11 @@ class Folder:
         """The folder `name` below this one."""
         return Folder(self._path / name, self._run, seconds=self._seconds, share=self._share, clock=self._clock)
 
-    def due(self) -> bool:
+    def due(self, size: int = 0) -> bool:
         """Whether enough time went by since the last part, or the process is asked to stop."""
         passed = self._clock() - self._saved
-        return interrupts.asked() or (passed >= self._seconds and self._share * passed >= (1 - self._share) * self._cost)
+        cost = self._cost or size / _BYTES_A_SECOND
+        return interrupts.asked() or (passed >= self._seconds and self._share * passed >= (1 - self._share) * cost)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The part as it was saved; None if it was not."""
@@ -115,7 +131,7 @@ class Folder:
             return None
         try:
             with safe_open(file, framework="pt") as opened:
-                told = json.loads((opened.metadata() or {})["reverie"])
+                told = received.parse_json((opened.metadata() or {})["reverie"], _Told, "delete it")
                 part = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise self._refused(file, "a damaged or foreign file") from error
@@ -158,6 +174,7 @@ class Unfinished:
     def __init__(self, checkpoints: Checkpoints, name: str) -> None:
         self._checkpoints, self._name = checkpoints, f"{name}-unfinished"
         self._generators: list[torch.Generator] = []
+        self._size = 0
 
     def draws_from(self, *generators: torch.Generator) -> None:
         """What is drawn from these decides the steps to come, so they belong to the state."""
@@ -173,9 +190,14 @@ class Unfinished:
 
     def keep(self, state: Callable[[], dict[str, Tensor]]) -> None:
         """Keeps what `state` gives, if that is due."""
-        if self._checkpoints.due():
-            drawn = {f"generator {number}": generator.get_state() for number, generator in enumerate(self._generators)}
-            self._checkpoints.save(self._name, state() | drawn)
+        if not self._checkpoints.due(self._size):
+            return
+        drawn = {f"generator {number}": generator.get_state() for number, generator in enumerate(self._generators)}
+        part = state() | drawn
+        # Of the same size every time, so that it is put together once to know.
+        self._size = sum(tensor.numel() * tensor.element_size() for tensor in part.values())
+        if self._checkpoints.due(self._size):
+            self._checkpoints.save(self._name, part)
 
 
 def _hash(name: str, part: dict[str, Tensor]) -> str:

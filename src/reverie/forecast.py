@@ -126,6 +126,7 @@ def forecast(
     unlabelled: Images | None = None,
     device: str = "cpu",
     budget: float | None = None,
+    memory_limit: float | None = None,
     only_images: bool = False,
     progress: Progress | None = None,
 ) -> Forecast:
@@ -141,11 +142,15 @@ def forecast(
     began = time.perf_counter()
     teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
     small, learning = views(recipe, teacher)
+    given = {"calibration": calibration, "evaluation": evaluation, "unlabelled": unlabelled}
     if only_images:
         recipe = _images_alone(recipe)
+        needed = memory.estimate_images_alone(recipe, teacher, given)
     else:
         check_bits(recipe, teacher)
         check_units(recipe, teacher)
+        needed = memory.estimate(recipe, teacher, given)
+    memory.limited(recipe, needed, memory_limit)
     parts = [Part("capture", "the graph, and whether the request can be met", None, time.perf_counter() - began, "timed")]
     costs = step_costs(recipe, teacher, calibration, progress=progress)
     shortened = None if budget is None else schedule(recipe, costs, budget)
@@ -175,9 +180,7 @@ def forecast(
     parts.append(Part("measure", "fidelity of the images", recipe.images, fidelity, "passes"))
     if plots.available():
         parts.append(Part("measure", "plots", None, _PLOTS, "guessed"))
-    needed = memory.estimate(recipe, teacher, {"calibration": calibration, "evaluation": evaluation, "unlabelled": unlabelled})
-    peak = needed.stages.get("synthesize", needed.peak) if only_images else needed.peak
-    return Forecast(tuple(parts), peak, shortened)
+    return Forecast(tuple(parts), needed.peak, shortened)
 
 
 def _images_alone(recipe: Recipe) -> Recipe:

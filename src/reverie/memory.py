@@ -136,6 +136,14 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
     return Estimate({name: int(size) for name, size in stages.items()}, lower, int(cache))
 
 
+def estimate_images_alone(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]) -> Estimate:
+    """As `estimate`, of a run that makes images and nothing of them."""
+    found = estimate(replace(recipe, held_out=0, estimate_images=0), network, sets)
+    # Images that nothing is optimised for are held, like those that are walked through the network.
+    stage = "synthesize" if "synthesize" in found.stages else "calibrate"
+    return Estimate({"synthesize": found.stages[stage]}, {"synthesize": found.lower[stage]}, 0)
+
+
 def limited(recipe: Recipe, found: Estimate, limit: float | None) -> Recipe:
     """The recipe with a cache that fits; it makes the same bytes.
 

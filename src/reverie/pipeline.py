@@ -225,6 +225,7 @@ def run_synthesis(
     device: str = "cpu",
     request: dict[str, Any] | None = None,
     accept_changes: bool = False,
+    memory_limit: float | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """The recipe's images alone, with what is measured about them, in the folder `output`; arguments and errors as for `run`.
@@ -243,6 +244,9 @@ def run_synthesis(
         with timed(directory, "capture"), free_if_refused(directory):
             teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
             small, _ = views(recipe, teacher)
+            needed = memory.estimate_images_alone(recipe, teacher, {"calibration": calibration})
+            memory.limited(recipe, needed, memory_limit)
+        progress.say(needed.told())
         with timed(directory, "synthesize"):
             recorded = losses.Recorder(directory.checkpoint("losses.json"), progress)
             images = _images(recipe, small, directory, "images", recipe.images, recorded)

@@ -12,15 +12,25 @@ owns the images which of them had a part in the result, and to whoever resumes t
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reverie import received
+from reverie.errors import ConfigError
 from reverie.files import file_hash
 from reverie.images import Images
 from reverie.synthesis._capsule import Capsule
 
 FILE = "real_images.json"
 _NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Listed:
+    """What is compared of a set in the file."""
+
+    sha256: dict[str, str]
 
 
 def listed(sets: Mapping[str, Images | None], capsule: Capsule | None, places: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,20 +69,20 @@ def summary(read: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def changes(run: Path, read: Mapping[str, Any], changed: list[str]) -> str:
-    """Which images of the sets that `changed` are not those of `run` any more; empty where that is not known.
+def changes(run: Path, read: Mapping[str, Any], changed: list[str]) -> list[str]:
+    """Which images of the sets that `changed` are not those of `run` any more, by set; none where that is not known.
 
     Args:
         read: What is there now, as `listed` says.
     """
     try:
-        before = json.loads((run / FILE).read_text())
-    except (OSError, ValueError):
-        return ""
+        before = received.parse_json(received.read_bytes(run / FILE), dict[str, _Listed], "delete it")
+    except ConfigError:
+        return []
     told = [
         _difference(name, before[name]["sha256"], read[name]["sha256"]) for name in changed if name in before and name in read
     ]
-    return f" ({'; '.join(filter(None, told))})" if any(told) else ""
+    return [difference for difference in told if difference]
 
 
 def _difference(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -4,6 +4,8 @@ Not here: what only the captured graph can tell, which the stages themselves ref
 """
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 from reverie import runtimes
 from reverie.budget import check_budget
@@ -12,11 +14,15 @@ from reverie.graph.unfold import count_folded
 from reverie.images import Images
 from reverie.models import Network
 from reverie.plugins import name_of
-from reverie.recipe import Recipe
+from reverie.recipe import Recipe, read, tables
 from reverie.recovery.allocation import require_solver
+from reverie.runs import read_record
 from reverie.stages import check_device, composition, method_name, reads_capsule, synthesizes
 from reverie.synthesis import Streaming, lacks_batch_norm, lacks_capsule
 from reverie.synthesis._capsule import Capsule
+
+# Of the settings that differ.
+_NAMED = 3
 
 
 def check(
@@ -87,6 +93,34 @@ def identity(recipe: Recipe, network: Network) -> dict[str, str]:
     """What, besides the user's images, tells one run from another."""
     contract = hashlib.sha256(repr((network.input, network.classes)).encode()).hexdigest()[:16]
     return {"recipe": recipe.fingerprint, "network": network.fingerprint, "input": contract}
+
+
+def recipe_changes(run: Path, recipe: Recipe, changed: list[str]) -> list[str]:
+    """How `recipe`, if it is among what `changed`, differs from that of the run in this folder; none where that is not known."""
+    if "recipe" not in changed:
+        return []
+    try:
+        # That of a run with a budget is what was made of the one that was asked for.
+        before = None if "budget" in read_record(run)["facts"] else _settings(read(str(run / "recipe.toml")))
+    except ConfigError:
+        return []
+    if before is None:
+        return []
+    now = _settings(recipe)
+    found = [
+        f"{key} {before.get(key, 'none')} instead of {now.get(key, 'none')}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
+    return [*found[:_NAMED], f"{len(found) - _NAMED} settings more"] if len(found) > _NAMED else found
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """By dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in tables(recipe).items():
+        found |= {f"{key}.{name}": setting for name, setting in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def images_digest(images: Images | None) -> str:

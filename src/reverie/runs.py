@@ -102,11 +102,14 @@ def default_output(network: str, weight_bits: int | float, activation_bits: int 
     return Path("runs") / f"{words}-w{weight_bits:g}a{activation_bits:g}"
 
 
-def check_output(path: Path, identity: dict[str, str] | None = None) -> None:
+def check_output(
+    path: Path, identity: dict[str, str] | None = None, explain: Callable[[list[str]], list[str]] | None = None
+) -> None:
     """Refuses a place that no run can be written to; writes nothing.
 
     Args:
         identity: As much as is known of what the run to come is identified by.
+        explain: As for `RunDirectory.open`.
 
     Raises:
         ConfigError: `path` is a file, holds something else than a run or another run, or cannot be written.
@@ -120,7 +123,7 @@ def check_output(path: Path, identity: dict[str, str] | None = None) -> None:
     if path.is_dir() and _is_foreign(path):
         raise ConfigError(f"{path}: must be empty or hold a run, got other files in it; choose another --output")
     if identity is not None and (path / "run.json").exists():
-        _check_identity(path, read_record(path)["identity"], identity, set(identity))
+        _check_identity(path, read_record(path)["identity"], identity, set(identity), explain)
 
 
 class RunDirectory:
@@ -132,11 +135,13 @@ class RunDirectory:
         path: The directory. Nothing inside refers to it by name, so it can be moved.
         record: The content of `run.json`.
         lock: Descriptor of the locked file.
+        is_new: Nobody finished a stage here before this process.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any], lock: int) -> None:
+    def __init__(self, path: Path, record: dict[str, Any], lock: int, *, is_new: bool) -> None:
         self.path = path
         self.record = record
+        self.is_new = is_new
         self._lock = lock
 
     @classmethod
@@ -147,7 +152,7 @@ class RunDirectory:
         *,
         facts: Mapping[str, Any] | None = None,
         accept_changes: bool = False,
-        explain: Callable[[list[str]], str] | None = None,
+        explain: Callable[[list[str]], list[str]] | None = None,
     ) -> "RunDirectory":
         """The run in `path`, new or resumed.
 
@@ -156,7 +161,7 @@ class RunDirectory:
             identity: What makes two runs the same, such as the recipe's hash and the network's fingerprint.
             facts: What a new run notes with its very first file, such as what is needed to ask for it once more.
             accept_changes: Go on in another environment (versions, threads) than the one that the run began in.
-            explain: More on what changed, given the parts of `identity` that did; it is put behind their hashes.
+            explain: More on what changed, given the parts of `identity` that did; stands behind their hashes.
 
         Raises:
             ConfigError: `path` is a file, holds something else or another run, cannot be written, or is in use; or the
@@ -182,7 +187,7 @@ class RunDirectory:
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, record, lock)
+        return cls(path, record, lock, is_new=not record["stages"])
 
     def close(self) -> None:
         """Lets other processes work here."""
@@ -290,7 +295,7 @@ def _new_record(identity: dict[str, str], facts: Mapping[str, Any]) -> dict[str,
 
 
 def _resumed(
-    path: Path, identity: dict[str, str], accept_changes: bool, explain: Callable[[list[str]], str] | None
+    path: Path, identity: dict[str, str], accept_changes: bool, explain: Callable[[list[str]], list[str]] | None
 ) -> dict[str, Any]:
     record = read_record(path)
     _check_identity(path, record["identity"], identity, {*record["identity"], *identity}, explain)
@@ -313,14 +318,15 @@ def _check_identity(
     there: dict[str, str],
     here: dict[str, str],
     parts: set[str],
-    explain: Callable[[list[str]], str] | None = None,
+    explain: Callable[[list[str]], list[str]] | None,
 ) -> None:
     different = [part for part in {**there, **here} if part in parts and there.get(part) != here.get(part)]
     if different:
         told = ", ".join(f"{part} {there.get(part)!r} instead of {here.get(part)!r}" for part in different)
-        more = "" if explain is None else explain(different)
+        more = [] if explain is None else explain(different)
+        behind = f" ({'; '.join(more)})" if more else ""
         raise ConfigError(
-            f"{path}: must be new or hold the same run, got one with {told}{more}; choose another --output, or delete the folder"
+            f"{path}: must be new or hold the same run, got one with {told}{behind}; choose another --output, or delete the folder"
         )
 
 

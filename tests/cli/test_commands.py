@@ -62,7 +62,7 @@ def test_quantize_keeps_the_metrics_that_programs_read(finished):
 
 def test_best_says_what_it_chose_and_why_and_stays_with_it(capsys, tmp_path):
     command = ["quantize", "embedded:digits", "--recipe", "best", "--weight-bits", "4", "--activation-bits", "4", *TINY]
-    command += ["--set", "reconstruction.iterations=2", "--output", tmp_path / "run"]
+    command += ["--set", "reconstruction.iterations=2", "--set", "distillation.steps=2", "--output", tmp_path / "run"]
     lines = said(capsys, *command).splitlines()
     assert lines[0] == f"recipe best: qdrop; output {tmp_path / 'run'}"
     chosen = [line.removeprefix("best: ") for line in lines if line.startswith("best: ")]

@@ -4,13 +4,15 @@ import ast
 import inspect
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from tests.cli.test_commands import COMMANDS
 
 from reverie import export, formats, plugins, recipe
-from reverie.cli import app
+from reverie.cli import app, main
+from reverie.cli._help import reflowed
 from reverie.cli._options import as_overrides
 
 README = Path(__file__).parents[2] / "README.md"
@@ -77,3 +79,30 @@ def test_every_option_of_a_command_is_explained(command):
     source = ast.parse(inspect.getsource(function)).body[0].args
     names = [item.arg for item in (*source.posonlyargs, *source.kwonlyargs) if item.arg != "options"]
     assert [name for name in names if not re.search(rf"^    {name}: \S", explained, re.MULTILINE)] == []
+
+
+def test_paragraphs_and_entries_are_one_line_each():
+    docstring = """Head.
+
+    One paragraph of
+    two lines.
+
+    Args:
+        first: It goes
+            on.
+        second: Short.
+    """
+    assert reflowed(docstring) == ("Head.\n\nOne paragraph of two lines.\n\nArgs:\n    first: It goes on.\n    second: Short.")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_lines_only_where_the_terminal_ends(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    # What stands in the box of parameters, in its right column.
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    words = [line.split() for line in lines]
+    for line, below in pairwise(words):
+        if len(line) == 1 and not line[0].startswith(("-", "*")):
+            # A word stands alone in its line only as the last of an entry, or before one that is too long for the rest of it.
+            assert not below or below[0].startswith(("-", "*", "[")) or len(below[0]) > 20, (command, line, below)

@@ -5,6 +5,8 @@ import json
 import pytest
 from tests.cli.test_bad_input import refused
 
+from reverie.recipe import read, tables
+
 RECORD = {
     "reverie": "0.1.0",
     "identity": {"network": "0123"},
@@ -60,6 +62,44 @@ def test_a_python_file_that_came_with_a_run_is_not_executed(capsys, run, tmp_pat
 def test_a_record_of_another_structure_is_refused_with_the_place(capsys, run, changed, message):
     run(**changed)
     assert refused(capsys, "export", "run") == f"run/run.json: {message}; {PUT_BACK}"
+
+
+REQUEST = {
+    "command": "quantize",
+    "line": "reverie quantize embedded:digits",
+    "folder": "/",
+    "network": "embedded:digits",
+    "options": {},
+    "recipe": {},
+    "choice": None,
+    "device": "cpu",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"command": "rm"}, "command must be 'quantize' or 'synthesize', got 'rm'"),
+        ({"device": 3}, "device must be a valid string, got 3"),
+        ({"log": "tensorboard"}, "log must be a valid array, got 'tensorboard'"),
+        ({"choice": {"preset": "zeroq"}}, "choice.settings must be there, got nothing"),
+        ({"options": {"weights": 1}}, "options.weights must be a valid string, got 1"),
+    ],
+)
+def test_a_request_of_another_structure_is_refused_with_the_place(capsys, run, changed, message):
+    run(complete=False, facts={"request": REQUEST | changed})
+    assert refused(capsys, "resume", "run") == f"run/run.json: facts.request: {message}; {PUT_BACK}"
+
+
+def test_a_python_file_that_came_with_an_interrupted_run_is_not_executed(capsys, run, tmp_path):
+    asked = {"network": "run/nets.py:net", "folder": str(tmp_path), "recipe": tables(read("zeroq"))}
+    folder = run(complete=False, facts={"request": REQUEST | asked})
+    (folder / "nets.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\ndef net(): ...\n")
+    assert refused(capsys, "resume", "run") == (
+        f"{folder}: must name a network outside of this folder, got run/nets.py, which is code that would be executed; "
+        "read it, and type its command again (reverie quantize embedded:digits) if you trust it"
+    )
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_message_cannot_move_the_cursor(capsys, run):

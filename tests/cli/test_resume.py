@@ -111,6 +111,20 @@ def test_images_alone_are_resumed_too(place, interrupt, capsys):
     assert (place / "run/imagefolder").is_dir()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_is_logged_as_was_asked_for(place, interrupt):
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed (extra 'tensorboard')"
+    )
+    interrupt("synthesize", 9)
+    assert main(command("run", "--log", "tensorboard")) == 130
+    assert main(["resume", "run"]) == 0
+    events = reader.EventAccumulator("run/tensorboard").Reload()
+    assert {"loss/synthesize", "loss/round"} <= set(events.Tags()["scalars"])
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert events.Scalars("bytes/network")[0].value == metrics["bytes"]["network"]
+
+
 def test_a_run_says_what_was_asked_for_and_which_images_were_read(stopped):
     facts = read_record(stopped)["facts"]
     asked = facts["request"]
@@ -224,12 +238,12 @@ def test_images_that_were_damaged_are_named(place, interrupt, capsys):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
-    settings = ["images=24", "held_out=4", "estimate_images=8", "calibration_images=24", "synthesis.steps=20"]
+    settings = ["images=24", "held_out=4", "estimate_images=8", "calibration_images=24", "synthesis.steps=12"]
     settings += [
         "synthesis.refine_steps=5",
-        "distillation.steps=30",
+        "distillation.steps=12",
         "distillation.synthetic=both",
-        "reconstruction.iterations=20",
+        "reconstruction.iterations=8",
     ]
     words = [sys.executable, "-m", "reverie", "quantize", "embedded:digits", "--recipe", "clusterq", "--json"]
     words += [word for setting in settings for word in ("--set", setting)]

@@ -56,6 +56,7 @@ def test_a_run_holds_a_certificate_that_names_what_it_is_about(finished):
     assert (reference["max_code_difference"], reference["differing_share"], reference["top1_agreement"]) == (0, 0.0, 1.0)
     recorded = json.loads((finished / "run.json").read_text())["facts"]["sha256"]
     names = ("network.safetensors", "images.safetensors", "network.onnx", "metrics.json", "recipe.toml", "real_images.json")
+    names += ("details.json", "report.html")
     assert recorded == {name: file_hash(finished / name) for name in names}
 
 
@@ -229,6 +230,21 @@ def test_an_openvino_file_without_its_weights_is_named(run):
     )
 
 
+@pytest.mark.parametrize("command", [["evaluate", "--data", "nowhere"], ["benchmark"], ["push", "me/digits", "--dry-run"]])
+def test_an_exported_file_that_was_changed_is_not_measured_and_goes_nowhere(run, capsys, command):
+    path = run / "network.onnx"
+    change_weights(path, lambda scale: scale * 2)
+    words = [command[0], run, *command[1:]]
+    assert refused(capsys, *words).startswith(f"{path}: must be the file that the run wrote (sha256 ")
+
+
+def test_resume_of_a_complete_run_names_a_file_that_was_changed(run, capsys):
+    assert main(["resume", str(run)]) == 0
+    with (run / "report.html").open("a") as file:
+        file.write("!")
+    assert refused(capsys, "resume", run).startswith(f"{run / 'report.html'}: must be the file that the run wrote (sha256 ")
+
+
 def test_an_error_about_a_new_file_names_it_and_not_the_one_aside(run, capsys, monkeypatch):
     def fails(quantized, path, *_, **__):
         raise ExportError(f"{path}: must be proven, got nothing; try again")
@@ -258,7 +274,9 @@ def test_a_program_of_torch_is_exported_proven_and_verified(run, capsys):
     assert verified["network.pt2"]["sha256"] == issued["sha256"]
     assert main(["benchmark", str(run), "--repeats", "2", "--batch", "1", "--runtime", "torch", "--json"]) == 0
     timed = json.loads(capsys.readouterr().out)
-    assert [(row["form"], row["runtime"]) for row in timed["rows"]] == [("network.pt2", "torch")]
+    assert [(row["form"], row["runtime"]) for row in timed["rows"]] == [("full precision", "torch"), ("network.pt2", "torch")]
+    assert timed["rows"][0]["bytes"] > timed["rows"][1]["bytes"]
+    assert timed["rows"][1]["latency_ms"]["1"]["times_full_precision"] > 0
     assert (
         "torch executes a program uncompiled here, every layer in float: torch.compile makes int8 kernels of it"
         in timed["notes"]

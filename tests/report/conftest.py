@@ -58,6 +58,24 @@ def labelled():
 
 
 @pytest.fixture
+def certified(labelled):
+    """The certificate of a file that two runtimes and the reference were asked about, the second of which hides a tensor."""
+    proof = {"failure": None, "layers": 3, "float_layers": [], "images": 64, "max_code_difference": 1, "top1_agreement": 1.0}
+    labelled["certificate"] = {
+        "runtime": "onnxruntime",
+        "runtimes": {
+            "onnxruntime": proof | {"version": "1.2", "codes": {"quiet": [0, 0.0], "often": [1, 0.02]}},
+            "openvino": proof | {"version": "3.4", "float_layers": ["fc"], "codes": {"often": [1, 0.5]}},
+            "torch": {"version": "2.13", "failure": "no float8 here", "layers": 3, "float_layers": []},
+        },
+        "reference": {key: proof[key] for key in ("layers", "float_layers", "max_code_difference", "top1_agreement")}
+        | {"runtime": "onnxruntime", "images": 5, "differing_share": 0.25},
+        "sha256": {"checkpoint": "c0" * 32, "content": "c1" * 32, "images": "c2" * 32},
+    }
+    return labelled
+
+
+@pytest.fixture
 def unlabelled(labelled):
     for name in ("full_precision", "quantized", "exported"):
         labelled[name] = {"top1": None}

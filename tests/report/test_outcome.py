@@ -122,3 +122,41 @@ def test_many_classes_are_counted_rather_than_listed(labelled, histogram, text):
 )
 def test_a_share_that_is_not_nothing_does_not_look_like_nothing(share, text):
     assert outcome.percent(share) == text
+
+
+def test_the_certificate_is_told_runtime_by_runtime_and_tensor_by_tensor(certified):
+    assert outcome.other_runtimes(certified) == [
+        "in OpenVINO 3.4 codes at most 1 step apart, same class on 100.00 % of 64 images, 2 of 3 layers in integers",
+        "in PyTorch 2.13 no float8 here",
+    ]
+    assert outcome.reference_opinion(certified) == (
+        "and ONNX Runtime: codes at most 1 step apart, same class on 100.00 % of 5 images, 3 of 3 layers in integers, "
+        "25.00 % of codes differ"
+    )
+    runtimes, rows = outcome.certified(certified)
+    assert runtimes == ["ONNX Runtime", "OpenVINO"]
+    assert rows == [("quiet", ["0", "not seen"]), ("often", ["1, 2.00 %", "1, 50.00 %"])]
+
+
+def test_what_was_not_certified_is_not_told(labelled):
+    assert outcome.reference_opinion(labelled) is None
+    assert outcome.certified(labelled) == ([], [])
+
+
+def timed(form, runtime, speed):
+    return {
+        "form": form,
+        "runtime": runtime,
+        "latency_ms": {"1": {"times_full_precision": speed}, "32": {"times_full_precision": 1.5}},
+    }
+
+
+def test_a_file_that_is_slower_than_full_precision_is_said_to_buy_size_only():
+    rows = [
+        timed("float", "onnxruntime", 1.0),
+        timed("network.onnx", "onnxruntime", 0.9),
+        timed("network.xml", "openvino", 2.0),
+    ]
+    assert outcome.benchmark_notes(rows, [8, 8], full_precision="float") == [
+        "network.onnx is slower than full precision in ONNX Runtime at batch 1: there it buys size only"
+    ]

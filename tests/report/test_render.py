@@ -222,6 +222,15 @@ def test_only_tensors_that_differ_are_listed_most_first(labelled, tmp_path):
     assert parsed.text.index("often") < parsed.text.index("rare")
 
 
+def test_the_certificate_stands_in_the_page_whole(certified, tmp_path):
+    text, _ = page(certified, tmp_path)
+    for digest in certified["certificate"]["sha256"].values():
+        assert f"<dd>{digest}</dd>" in text
+    assert "Integers alone, without a runtime and without a float, and ONNX Runtime: codes at most 1 step apart" in text
+    assert '<tr><th scope="row">often</th><td>1, 2.00 %</td><td>1, 50.00 %</td></tr>' in text
+    assert "The same file in PyTorch 2.13 no float8 here." in text
+
+
 def test_the_histogram_has_a_bar_for_each_class_in_proportion(labelled, tmp_path):
     html, _ = page(labelled, tmp_path)
     counts = html[html.index('class="counts"') :]

@@ -38,6 +38,7 @@ from reverie.cli import (
     synthesize,
     verify,
 )
+from reverie.cli._help import reflowed
 from reverie.errors import ReverieError, nearest, unknown
 from reverie.interrupts import Interrupted
 
@@ -72,6 +73,7 @@ for command in (
     recipe.recipe,
     completion.completion,
 ):
+    command.__doc__ = reflowed(command.__doc__ or "")
     app.command(command)
 
 

@@ -42,7 +42,9 @@ def show(found: "Forecast", output: Path, facts: dict[str, Any], *, json: bool) 
     say_wrapped(
         f"time: about {duration_text(found.seconds)}, {found.timed_share:.0%} of it from timed steps; stages that stop early take less"
     )
-    say_wrapped(f"memory: about {size_text(found.memory_bytes)} at the peak, a guess from what the timed steps took")
+    say_wrapped(
+        f"memory: about {size_text(found.memory_bytes)} at the peak, estimated from the network, the batches and the images held"
+    )
     say(f"output: {_state(output)}")
     say("nothing was written; the same command without --dry-run runs it")
 

@@ -16,7 +16,7 @@ _MADE_FOR = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Options:
+class Options:
     """What run.json tells of how the network was loaded; `models.load` refuses others."""
 
     weights: str | None = None
@@ -34,7 +34,7 @@ class _Facts:
     """What run.json tells of the network and of the files."""
 
     network: str
-    options: _Options
+    options: Options
     sha256: dict[str, str] | None = None
 
 
@@ -54,7 +54,7 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
     facts, identity = _facts(run), read_record(run)["identity"]
     kept = {key: tuple(value) if isinstance(value, list) else value for key, value in facts["options"].items()}
     if name is None:
-        _check_code(run, facts["network"])
+        check_code(run, facts["network"], f"give --network {facts['network']}")
     network = models.load(name or facts["network"], **kept | options.given())
     quantized = identity.get("network")
     if network.fingerprint != quantized:
@@ -65,13 +65,17 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
     return network
 
 
-def _check_code(run: Path, network: str) -> None:
-    """Refuses a network whose Python file came with the run: it would be executed because a file says so, and not the user."""
+def check_code(run: Path, network: str, cure: str) -> None:
+    """Refuses a network whose Python file came with the run: it would be executed because a file says so, and not the user.
+
+    Args:
+        cure: How to say that it is trusted.
+    """
     file = Path(network.rpartition(":")[0])
     if file.suffix == ".py" and file.resolve().is_relative_to(run.resolve()):
         raise ConfigError(
             f"{run}: must name a network outside of this folder, got {file}, which is code that would be executed; "
-            f"read it, and give --network {network} if you trust it"
+            f"read it, and {cure} if you trust it"
         )
 
 
@@ -111,6 +115,16 @@ def exported_file(run: Path, name: str | None = None) -> Path:
     if name not in found:
         raise ConfigError(f"--file must be one of {', '.join(found)}, got {name!r}; `reverie export` makes others")
     return found[name]
+
+
+def check_intact(run: Path, *files: Path) -> None:
+    """Refuses files of a run, and what belongs to them, that are not as the run recorded them; what is missing is for others to tell."""
+    from reverie.runs import check_hash
+    from reverie.runtimes import parts
+
+    for part in (part for file in files for part in parts(file)):
+        if part.is_file():
+            check_hash(run, part)
 
 
 def runtime_of(file: Path) -> str:

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions
 from reverie.cli._output import say, say_json, say_table
-from reverie.cli._runs import exported_files, load_network, packed_file
+from reverie.cli._runs import check_intact, exported_files, load_network, packed_file
 from reverie.errors import ConfigError, ExportError
 
 _FLOAT = "full precision"
@@ -45,7 +45,7 @@ def benchmark(
     import numpy as np
 
     from reverie import runtimes
-    from reverie.export._onnx import export_float
+    from reverie.export import _onnx, torch
     from reverie.export._packed import stored_bits
     from reverie.graph.fold import fold_batch_norms
     from reverie.report.measure import latency, sizes
@@ -58,24 +58,35 @@ def benchmark(
             raise ConfigError(f"{name} must be at least 1, got {value}")
     asked = runtimes.installed() if runtime is None else {runtime: runtimes.load(runtime)}
     files, bits = exported_files(run), stored_bits(packed_file(run))
+    check_intact(run, *files)
     loaded = load_network(run, network, options)
     shape = loaded.input.shape
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "float.onnx"
-        export_float(fold_batch_norms(as_teacher(loaded).graph), shape, whole)
-        paths = {_FLOAT: whole} | {file.name: file for file in files}
-        pairs = [(form, name) for form, path in paths.items() for name, plugin in asked.items() if path.suffix in plugin.reads]
-        if not pairs:
-            raise ConfigError(f"{run}: a runtime that reads {', '.join(paths)} must be asked, got {', '.join(asked) or 'none'}")
-        stored = sizes(paths)
-        memory, sessions, failures = {}, {}, []
-        for form, name in pairs:
+        graph = fold_batch_norms(as_teacher(loaded).graph)
+        # What a runtime executes of ours is compared with full precision in a format that it reads.
+        whole = {".onnx": Path(folder) / "float.onnx"}
+        _onnx.export_float(graph, shape, whole[".onnx"])
+        if any(file.suffix == ".pt2" for file in files) and "torch" in asked:
+            whole[".pt2"] = Path(folder) / "float.pt2"
+            torch.export_float(graph, shape, whole[".pt2"])
+        paths = {
+            (form, name): path
+            for form, path in [*((_FLOAT, path) for path in whole.values()), *((file.name, file) for file in files)]
+            for name, plugin in asked.items()
+            if path.suffix in plugin.reads
+        }
+        if not paths:
+            forms = [_FLOAT, *(file.name for file in files)]
+            raise ConfigError(f"{run}: a runtime that reads {', '.join(forms)} must be asked, got {', '.join(asked) or 'none'}")
+        memory, stored, sessions, failures = {}, {}, {}, []
+        for (form, name), path in paths.items():
             try:
-                memory[form, name] = loaded_bytes(name, paths[form], shape, threads=threads)
-                session = asked[name].open(paths[form], threads=threads)
+                stored[form, name] = sizes({form: path})[form]
+                memory[form, name] = loaded_bytes(name, path, shape, threads=threads)
+                session = asked[name].open(path, threads=threads)
                 session(np.zeros((max(batch), *shape), np.float32))
             except ExportError as error:
-                failures.append(f"not timed: {form} in {name}: {error}".replace(str(paths[form]), form))
+                failures.append(f"not timed: {form} in {name}: {error}".replace(str(path), form))
             else:
                 sessions[f"{form} in {name}"] = session
         if not sessions:
@@ -86,7 +97,7 @@ def benchmark(
             "form": form,
             "runtime": name,
             "version": runtimes.version(asked[name]),
-            "bytes": stored[form],
+            "bytes": stored[form, name],
             "memory_bytes": memory[form, name],
             "latency_ms": {
                 str(size): {
@@ -98,7 +109,7 @@ def benchmark(
                 for size, measured in times.items()
             },
         }
-        for form, name in pairs
+        for form, name in paths
         if f"{form} in {name}" in sessions
     ]
     notes = failures + benchmark_notes(rows, list(bits.weights.values()), full_precision=_FLOAT)

@@ -7,7 +7,7 @@ from typing import Any
 
 from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions
 from reverie.cli._output import say, say_json, say_table
-from reverie.cli._runs import exported_file, load_network, runtime_of
+from reverie.cli._runs import check_intact, exported_file, load_network, runtime_of
 from reverie.progress import choose
 
 
@@ -45,6 +45,7 @@ def evaluate(
     from reverie.stages import as_teacher
 
     chosen = exported_file(run, file)
+    check_intact(run, chosen)
     runtime = runtimes.load(runtime_of(chosen))
     loaded = load_network(run, network, options)
     images = read_folder(data, loaded.input, loaded.classes, require_labels=False)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from reverie.cli._output import say, say_table
-from reverie.cli._runs import exported_files, packed_file
+from reverie.cli._runs import check_intact, exported_files, packed_file
 from reverie.errors import ConfigError
 
 # Sets of real images that a report may show, by what they were given as.
@@ -65,6 +65,8 @@ def _files(run: Path, *, with_report: bool, with_real_images: bool) -> list[Path
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{run}: must hold {file.name}, got none; run `reverie quantize` again with a new --output")
+    # The card is the owner's to change.
+    check_intact(run, *files[1:])
     return files
 
 

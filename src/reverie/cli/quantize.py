@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,7 @@ def quantize(
         resolved = choice.recipe(wanted)
     given = {"calibrated": calibration is not None, "capsule": capsule is not None}
     request.check(resolved, loaded, device=device, budget=budget, **given)
-    check_output(folder, request.identity(resolved, loaded))
+    check_output(folder, request.identity(resolved, loaded), partial(request.recipe_changes, folder, resolved))
     centres = None if capsule is None else load_capsule(capsule)
     labels = stages.reads_capsule(resolved) and capsule is None
     real = read_images(calibration, loaded, require_labels=labels, option="--calibration")
@@ -160,7 +161,16 @@ def quantize(
     places: dict[str, Path | str | None] = {"calibration": calibration, "capsule": capsule, "unlabelled": unlabelled}
     places["evaluation"] = evaluate if evaluate in (None, HELD_OUT) else Path(evaluate)
     asked = asked_for(
-        "quantize", network, options, resolved, choice, places=places, device=device, budget=budget, memory_limit=memory_limit
+        "quantize",
+        network,
+        options,
+        resolved,
+        choice,
+        places=places,
+        device=device,
+        budget=budget,
+        memory_limit=memory_limit,
+        log=list(log or ()),
     )
     if not json:
         named = "" if output else " (named after network and bits; --output overrides it)"
@@ -177,6 +187,7 @@ def quantize(
         "evaluation": known,
         "unlabelled": unseen,
         "device": device,
+        "memory_limit": memory_limit,
     }
     if dry_run:
         from reverie.forecast import forecast
@@ -195,7 +206,6 @@ def quantize(
             choice=choice,
             request=asked,
             accept_changes=accept_changes,
-            memory_limit=memory_limit,
             progress=progress,
             **what,
         )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from reverie.cli import quantize, synthesize
 from reverie.cli._options import Json
 from reverie.cli._output import say, say_json
+from reverie.cli._request import asked_in
+from reverie.cli._runs import check_code, check_intact
 from reverie.errors import ConfigError
 from reverie.progress import choose
 
@@ -19,7 +21,8 @@ def resume(run: Path, /, *, accept_changes: bool = False, json: Json = False) ->
     """Go on with an interrupted run from its last checkpoint; it ends with the bytes that it would have had undisturbed.
 
     Nothing but the run directory is needed: it says what was asked for. It may have been moved. Network, images and recipe must be
-    what they were, and so must versions; the run's own number of threads is used. A complete run is left as it is.
+    what they were, and so must versions; the run's own number of threads is used. A complete run is left as it is, and its files are compared
+    with the hashes that it recorded.
 
     Example: reverie resume runs/embedded-digits-w4a8
 
@@ -30,16 +33,16 @@ def resume(run: Path, /, *, accept_changes: bool = False, json: Json = False) ->
     """
     from reverie.runs import read_record
 
-    record = read_record(run)
-    asked = record["facts"].get("request")
+    record, asked = read_record(run), asked_in(run)
     if asked is None:
         raise ConfigError(
             f"{run}: must be a run that a command line began, got one that Python code began; call the same function again with "
             "this output, it goes on"
         )
-    target = asked.get("target")
+    target = asked["target"]
     # What was to be written for a tool comes after the images, and may be what is left to do.
     if record["complete"] and (target is None or (run / target).is_dir()):
+        check_intact(run, *(run / name for name in record["facts"].get("sha256", {})))
         if json:
             _print_metrics(run)
         else:
@@ -62,28 +65,31 @@ def resume(run: Path, /, *, accept_changes: bool = False, json: Json = False) ->
 
 
 def _repeat(asked: dict[str, Any], output: Path, accept_changes: bool, json: bool) -> "Run":
-    from reverie import formats, interrupts, models, pipeline, plugins
+    from reverie import formats, interrupts, loggers, models, pipeline, plugins
     from reverie.best import Choice
-    from reverie.recipe import from_tables
+    from reverie.recipe import from_tables, tables
     from reverie.stages import reads_capsule
     from reverie.synthesis._capsule import load_capsule
 
     recipe = from_tables(asked["recipe"])
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in asked["options"].items()}
+    used = [loggers.load(name) for name in asked["log"]]
+    check_code(output, asked["network"], f"type its command again ({asked['line']})")
     network = models.load(asked["network"], **given)
     shown = choose(sys.stderr, json)
-    paths = {name: Path(asked[name]) for name in ("calibration", "capsule", "unlabelled") if asked.get(name) is not None}
+    paths = {name: Path(asked[name]) for name in ("calibration", "capsule", "unlabelled") if asked[name] is not None}
     labels = reads_capsule(recipe) and "capsule" not in paths
     common: dict[str, Any] = {
         "output": output,
         "calibration": quantize.read_images(paths.get("calibration"), network, require_labels=labels, option="--calibration"),
         "capsule": load_capsule(paths["capsule"]) if "capsule" in paths else None,
         "device": asked["device"],
+        "memory_limit": asked["memory_limit"],
         "accept_changes": accept_changes,
         "request": asked,
-        "progress": shown,
     }
-    with interrupts.heeded(shown.say):
+    with interrupts.heeded(shown.say), loggers.logged(shown, used, output, network.name) as progress:
+        common["progress"] = progress
         if asked["command"] == "synthesize":
             done = pipeline.run_synthesis(recipe, network, **common)
             if asked["target"] is not None:
@@ -91,21 +97,20 @@ def _repeat(asked: dict[str, Any], output: Path, accept_changes: bool, json: boo
                 synthesize.write_form(form, done, network)
             return done
         noted = asked["choice"]
-        return pipeline.run(
+        done = pipeline.run(
             recipe,
             network,
             evaluation=None if asked["evaluation"] is None else quantize.labelled(asked["evaluation"], network),
             unlabelled=quantize.read_images(paths.get("unlabelled"), network, require_labels=False, option="--unlabelled"),
             budget=asked["budget"],
-            memory_limit=asked["memory_limit"],
             choice=None if noted is None else Choice(noted["preset"], noted["settings"], tuple(noted["reasons"])),
             **common,
         )
+        progress.result(done.metrics, tables(recipe))
+        return done
 
 
 def _print_metrics(run: Path) -> None:
     from reverie.records import read_metrics
-    from reverie.runs import check_hash
 
-    check_hash(run, run / "metrics.json")
     say_json(read_metrics(run))

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ def synthesize(
     capsule: Path | None = None,
     seed: int | None = None,
     device: str = "cpu",
+    memory_limit: float | None = None,
     accept_changes: bool = False,
     settings: Settings = None,
     target: Target | None = None,
@@ -58,6 +60,7 @@ def synthesize(
             were folded.
         seed: Of everything random.
         device: Where it happens, such as cpu or cuda.
+        memory_limit: GiB to stay below; what is needed is estimated in advance, and what cannot fit is refused at once.
         accept_changes: Go on with interrupted images although versions of libraries, threads or the processor are others; their
             bytes may then be others too.
         settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable, and wins over the flags.
@@ -93,8 +96,14 @@ def synthesize(
             real = read_folder(calibration, loaded.input, loaded.classes, require_labels=labels)
     places: dict[str, Path | str | None] = {"calibration": calibration, "capsule": capsule}
     shown = choose(sys.stderr, json)
-    what: dict[str, Any] = {"calibration": real, "capsule": centres, "device": device, "progress": shown}
-    check_output(output, request.identity(resolved, loaded))
+    what: dict[str, Any] = {
+        "calibration": real,
+        "capsule": centres,
+        "device": device,
+        "memory_limit": memory_limit,
+        "progress": shown,
+    }
+    check_output(output, request.identity(resolved, loaded), partial(request.recipe_changes, output, resolved))
     if dry_run:
         from reverie.forecast import forecast
 
@@ -106,7 +115,9 @@ def synthesize(
             resolved,
             loaded,
             output=output,
-            request=asked_for("synthesize", network, options, resolved, places=places, device=device, target=target),
+            request=asked_for(
+                "synthesize", network, options, resolved, places=places, device=device, memory_limit=memory_limit, target=target
+            ),
             accept_changes=accept_changes,
             **what,
         )

@@ -22,7 +22,7 @@ from reverie.errors import ConfigError, at
 from reverie.files import atomic_write
 from reverie.graph.placement import Bits, Student
 from reverie.graph.quantized import QuantizedNetwork, finish
-from reverie.grid import MAX_BITS, MIN_BITS, Grid
+from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.grid.packing import pack, unpack
 
 _FORMAT = "reverie packed 1"
@@ -62,7 +62,7 @@ def write_packed(quantized: QuantizedNetwork, path: Path, *, facts: dict[str, st
     described: dict[str, dict[str, Any]] = {}
     stored: set[str] = set()
     for name, layer in quantized.layers.items():
-        tensors[f"{layer.weight}.codes"] = pack(layer.codes.cpu(), layer.grid)
+        tensors[f"{layer.weight}.codes"] = pack(layer.codes.cpu(), layer.grid.bits)
         tensors[f"{layer.weight}.scale"] = layer.scale.flatten()
         tensors[f"{layer.weight}.zero_point"] = layer.zero_point.flatten()
         described[name] = {
@@ -119,7 +119,7 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             with at(f"layer {name!r}"):
                 _check_layer(layer, tensors)
             key = f"{layer['weight']}.codes"
-            tensors[key] = unpack(tensors[key], tuple(layer["shape"]), Grid(layer["bits"]))
+            tensors[key] = unpack(tensors[key], tuple(layer["shape"]), layer["bits"], signed=True)
         for name, bits in header["tensors"].items():
             with at(f"tensor {name!r}"):
                 _check_bits_stated(bits)

@@ -68,9 +68,23 @@ class Torch:
         graph.graph.eliminate_dead_code()
         _drop_unused(graph)
         graph.recompile()
-        archive = io.BytesIO()
-        torch.export.save(_program(graph, shape), archive, extra_files=facts or {})
-        atomic_write(path, archive.getvalue())
+        _write(graph, shape, path, facts or {})
+
+
+def export_float(graph: fx.GraphModule, shape: tuple[int, ...], path: Path) -> None:
+    """Writes a full-precision program of any batch size, for comparison.
+
+    Args:
+        graph: As `graph.fold` leaves it.
+        shape: Of one input, without the batch.
+    """
+    _write(graph, shape, path, {})
+
+
+def _write(graph: fx.GraphModule, shape: tuple[int, ...], path: Path, facts: dict[str, str]) -> None:
+    archive = io.BytesIO()
+    torch.export.save(_program(graph, shape), archive, extra_files=facts)
+    atomic_write(path, archive.getvalue())
 
 
 def _program(graph: fx.GraphModule, shape: tuple[int, ...]) -> torch.export.ExportedProgram:

@@ -11,21 +11,19 @@ import torch
 from jaxtyping import Integer, UInt8
 from torch import Tensor
 
-from reverie.grid import Grid
 
-
-def pack(codes: Integer[Tensor, "*shape"], grid: Grid) -> UInt8[Tensor, " bytes"]:
-    """The codes, flattened in row-major order, `bits` bits each; the last byte is padded with zero bits."""
+def pack(codes: Integer[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " bytes"]:
+    """The codes, flattened in row-major order, `bits` (1 to 8) bits each; the last byte is padded with zero bits."""
     values = codes.flatten().to(torch.int16).numpy().astype(np.uint8)
-    bits = np.unpackbits(values[:, None], axis=1, count=grid.bits, bitorder="little")
-    return torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
+    stream = np.unpackbits(values[:, None], axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
 
 
-def unpack(packed: UInt8[Tensor, " bytes"], shape: tuple[int, ...], grid: Grid) -> Integer[Tensor, "*shape"]:
-    """The int8 (signed grid) or uint8 codes that `pack` stored."""
+def unpack(packed: UInt8[Tensor, " bytes"], shape: tuple[int, ...], bits: int, *, signed: bool) -> Integer[Tensor, "*shape"]:
+    """The int8 (signed) or uint8 codes that `pack` stored."""
     count = math.prod(shape)
-    bits = np.unpackbits(packed.numpy(), count=count * grid.bits, bitorder="little").reshape(count, grid.bits)
-    values = np.packbits(bits, axis=1, bitorder="little")[:, 0].astype(np.int16)
-    if grid.signed:
-        values -= (values >> (grid.bits - 1)) << grid.bits
-    return torch.from_numpy(values.astype(np.int8 if grid.signed else np.uint8)).reshape(shape)
+    stream = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    values = np.packbits(stream, axis=1, bitorder="little")[:, 0].astype(np.int16)
+    if signed:
+        values -= (values >> (bits - 1)) << bits
+    return torch.from_numpy(values.astype(np.int8 if signed else np.uint8)).reshape(shape)

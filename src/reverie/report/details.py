@@ -11,6 +11,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, fx
 
+from reverie import received
+from reverie.errors import at
 from reverie.files import atomic_text
 from reverie.graph.quantized import QuantizedNetwork
 from reverie.images import Images
@@ -31,9 +33,16 @@ def add(folder: Path, **parts: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The parts that there are; none for a run of an older version."""
+    """The parts that there are; none for a run of an older version.
+
+    Raises:
+        ConfigError: The file is no JSON object.
+    """
     file = folder / FILE
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    with at(str(file)):
+        found: dict[str, Any] = received.parse_json(received.read_bytes(file), dict[str, Any], "delete it")
     return found
 
 

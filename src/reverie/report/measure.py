@@ -11,10 +11,13 @@ Unlike the plain one it has a width even if the two models never differ, and it 
 widened, where needed, to contain the difference that was measured.
 
 Latency is measured in one process with the runs of all models taking turns, so that whatever else the machine does hits
-them alike; medians and quartiles, since the slow tail of a shared machine says nothing about the model.
+them alike, in another order each time; medians and quartiles, since the slow tail of a shared machine says nothing about the
+model. A turn is two calls, of which the second is timed: the threads of the model before spin for a while when it has
+answered, and would be timed with it.
 """
 
 import math
+import random
 import resource
 import time
 from collections.abc import Mapping
@@ -96,12 +99,15 @@ def latency(
 
     Args:
         shape: Of one input, without the batch. What is in the images does not matter to the time; they are zeros.
-        repeats: Timed calls per session, after `warmup` untimed ones.
+        repeats: Timed calls per session, after `warmup` untimed turns.
     """
     images = np.zeros((batch, *shape), np.float32)
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    order, shuffle = list(sessions.items()), random.Random(0).shuffle
     for turn in range(-warmup, repeats):
-        for name, session in sessions.items():
+        shuffle(order)
+        for name, session in order:
+            session(images)
             start = time.perf_counter()
             session(images)
             if turn >= 0:

@@ -261,8 +261,33 @@ def other_runtimes(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
+def reference_opinion(metrics: dict[str, Any]) -> str | None:
+    """What the certificate says of the reference interpreter, as the end of a sentence about the checkpoint; None where it was not asked."""
+    found = (metrics.get("certificate") or {}).get("reference")
+    if found is None:
+        return None
+    return f"and {_RUNTIMES.get(found['runtime'], found['runtime'])}: {_told(found)}, {percent(found['differing_share'])} of codes differ"
+
+
+def certified(metrics: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Every tensor that the certificate speaks of: the runtimes, and for each tensor what each of them says."""
+    issued = metrics.get("certificate") or {"runtimes": {}}
+    proofs = {_RUNTIMES.get(name, name): proof["codes"] for name, proof in issued["runtimes"].items() if "codes" in proof}
+    tensors = dict.fromkeys(tensor for codes in proofs.values() for tensor in codes)
+    rows = [(tensor, [_apart(codes.get(tensor)) for codes in proofs.values()]) for tensor in tensors]
+    return list(proofs), rows
+
+
+def _apart(difference: Sequence[int | float] | None) -> str:
+    """The largest difference of codes and the share of those that differ; a runtime may not show a tensor."""
+    if difference is None:
+        return "not seen"
+    steps, share = difference
+    return f"{steps:.0f}, {percent(share)}" if steps else "0"
+
+
 def _told(proof: dict[str, Any]) -> str:
-    if "codes" not in proof:
+    if proof.get("failure") is not None and "codes" not in proof:
         return str(proof["failure"])
     steps, integers = proof["max_code_difference"], proof["layers"] - len(proof["float_layers"])
     return (

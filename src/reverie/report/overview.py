@@ -5,7 +5,6 @@ written. What cannot be read is told as such, not left out.
 """
 
 import fcntl
-import json
 import os
 import tomllib
 from dataclasses import dataclass
@@ -94,13 +93,23 @@ def find(folder: Path) -> list[Overview]:
 def look_at(path: Path) -> Overview:
     """The run in `path`."""
     try:
-        record = json.loads((path / "run.json").read_bytes())
+        record = _read(path / "run.json")
         known = _of_record(path, record) | _of_recipe(path)
         if record["complete"]:
-            known |= _of_metrics(json.loads((path / "metrics.json").read_bytes()))
+            known |= _of_metrics(_read(path / "metrics.json"))
     except _BROKEN:
         return Overview(path=_plain(str(path)), state="damaged")
     return Overview(path=_plain(str(path)), **known)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    # Here, since it brings pydantic, and the command line imports this file for its help.
+    from reverie import received
+    from reverie.records import PUT_BACK
+
+    # Not `read_record`: a run of an older version is listed too.
+    found: dict[str, Any] = received.parse_json(received.read_bytes(file), dict[str, Any], PUT_BACK)
+    return found
 
 
 def _of_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +136,9 @@ def _of_recipe(path: Path) -> dict[str, Any]:
     # Killed before it was written.
     if not file.is_file():
         return {}
-    tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    from reverie import received
+
+    tables = tomllib.loads(received.read_bytes(file, received.MOST_RECIPE_BYTES).decode())
     settings = {
         _plain(f"{table}.{key}" if table else key): setting
         for table, value in [

@@ -106,6 +106,8 @@ def _quantized(metrics: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         "parity": metrics["parity"],
         "runtime": outcome.runtime_name(metrics),
         "others": outcome.other_runtimes(metrics),
+        "opinion": outcome.reference_opinion(metrics),
+        "certified": outcome.certified(metrics),
         "hashes": (metrics.get("certificate") or {}).get("sha256"),
         "worst": _worst(metrics["parity"]),
         "latency": metrics["latency_ms"],

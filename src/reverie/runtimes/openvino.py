@@ -12,6 +12,7 @@ result is nearer to full precision than what was asked for, by up to half a step
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,7 +43,9 @@ class OpenVino:
         model = _read(path)
         tensors = {tensor: output for node in model.get_ops() for output in node.outputs() for tensor in output.get_names()}
         grids = {name: _grid(tensors, path, name) for name in names}
-        parts = [part.names for part in _parts(_compiled(model, path, threads))]
+        # The same for all probes of a file, of which there may be dozens.
+        written = path.stat()
+        parts = _merged(path, written.st_mtime_ns, written.st_size, threads)
         seen = {name: grid for name, grid in grids.items() if not any(grid.is_left_unrounded(part) for part in parts)}
         with _reported("load", "the probe"):
             model.add_outputs([grid.tensor for grid in seen.values()])
@@ -127,6 +130,12 @@ def _compiled(model: openvino.Model, path: Path, threads: int) -> openvino.Compi
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     with _reported("load", str(path)), signal_stack_kept():
         return openvino.Core().compile_model(model, "CPU", settings)
+
+
+@lru_cache(maxsize=4)
+def _merged(path: Path, modified: int, size: int, threads: int) -> list[tuple[str, ...]]:
+    """The nodes that each kernel is made of where nobody asks for codes, of the file as it was written at `modified` (ns)."""
+    return [part.names for part in _parts(_compiled(_read(path), path, threads))]
 
 
 def _parts(compiled: openvino.CompiledModel) -> list[_Part]:
