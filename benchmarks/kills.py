@@ -1,9 +1,9 @@
 """Kills real runs at random moments of every stage, resumes them, and compares bytes with those of a run that nobody disturbed.
 
-    python benchmarks/kills.py --kills 20 --seed 0
+    python benchmarks/kills.py --kills 24 --seed 0
 
-Each recipe runs once undisturbed, and its progress says when each stage begins and ends. For every kill a stage is drawn, all alike
-however long they take, and a moment in it; a new run gets SIGKILL then, `reverie resume` goes on with it, and `images.safetensors`
+Each recipe runs once undisturbed, and its progress says when each stage begins and ends. Every stage is killed once, however long it takes,
+then what lies between stages, at a random moment of it: a new run gets SIGKILL, `reverie resume` goes on with it, and `images.safetensors`
 and `network.safetensors` have to be the same bytes. Prints a line for each kill, and a table of kills by stage at the end. The exit
 status is 1 if any run ended with other bytes.
 
@@ -130,6 +130,13 @@ def killed(words: list[str], moment: Moment, share: float) -> bool:
     return alive
 
 
+def _shuffled(draw: random.Random, moments: list[Moment]) -> list[Moment]:
+    """The stages in some order, and then what lies before and between them."""
+    between = [moment for moment in moments if moment.event is None or moment.event[0] == "finish"]
+    inside = [moment for moment in moments if moment not in between]
+    return draw.sample(inside, len(inside)) + draw.sample(between, len(between))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="in all")
@@ -148,8 +155,8 @@ def main() -> None:
             print(
                 f"{name}: {seconds:.1f} s after capture, {cost['count']} checkpoints took {cost['seconds'] / seconds:.2%} of it"
             )
-            # Every stage once before any comes again.
-            turns = [moment for _ in range(kills) for moment in draw.sample(moments, len(moments))][:kills]
+            # Every stage once before what lies between them, and that before any comes again.
+            turns = [moment for _ in range(kills) for moment in _shuffled(draw, moments)][:kills]
             for turn, moment in enumerate(turns):
                 run, share = Path(folder) / f"{turn}", draw.random()
                 alive = killed(command(preset, settings, run), moment, share)

@@ -22,7 +22,9 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -419,11 +421,40 @@ def tables() -> None:
             "W2A8 / W8A8",
         ]
         print("\n### Ratios of times\n\n" + table(head, ratios))
+    print_kernels()
     print_sizes()
     print_parity()
     print("\nCommands of the rows:\n")
     for name in timed:
         print(f"- {NETWORKS[name]}: `python benchmarks/runtimes.py --assets ASSETS --networks {name}`")
+
+
+def print_kernels() -> None:
+    """What ONNX Runtime makes of the files at W8A8: where the kernels are the same, so is the time, but for chance."""
+    files = {"Reverie": "w8a8-onnx.onnx", "QDQ": "ort-u8s8-qdq.onnx", "QOperator": "ort-u8s8-qoperator.onnx"}
+    lines = [
+        [NETWORKS[name], title, ", ".join(f"{count} {kind}" for kind, count in kernels(BUILD / name / file).most_common())]
+        for name in NETWORKS
+        if is_made(name)
+        for title, file in files.items()
+    ]
+    if lines:
+        print("\n### Kernels in ONNX Runtime, W8A8\n\n" + table(["network", "file", "kernels"], lines))
+
+
+def kernels(file: Path) -> Counter[str]:
+    """The nodes of the graph that ONNX Runtime executes, by kind."""
+    import onnx
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    # It warns that the optimized graph is for this machine alone.
+    settings.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        settings.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(settings.optimized_model_filepath)
+    return Counter(node.op_type for node in optimized.graph.node)
 
 
 def print_sizes() -> None:

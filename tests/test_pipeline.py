@@ -109,6 +109,26 @@ def test_the_same_recipe_and_seed_give_the_same_bytes_and_another_seed_others(ti
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["zeroq", "qdrop"])
+def test_another_number_of_threads_is_worth_the_same(tiny_cnn, preset, tmp_path):
+    # The tolerance that docs/guides/interrupted.md states; `benchmarks/threads.py` measures it on a larger network.
+    recipe = read(preset, QUICK | {"quantization.weight_bits": 8, "quantization.activation_bits": 8})
+    recipe = replace(recipe, reconstruction=replace(recipe.reconstruction, iterations=20))
+    found = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            network = tiny_cnn()
+            found[threads] = run(recipe, network, output=tmp_path / f"{threads}", evaluation=network.held_out()).metrics
+        finally:
+            torch.set_num_threads(1)
+    one, two = (metrics["exported"]["top1"] for metrics in found.values())
+    assert abs(one - two) <= 0.01
+    first, second = (load_images(tmp_path / f"{threads}" / "images.safetensors").inputs for threads in (1, 2))
+    assert (first - second).abs().mean() < 0.05
+
+
+@pytest.mark.slow
 def test_a_complete_run_is_not_repeated(tiny_cnn, quick, tmp_path):
     first = run(quick, tiny_cnn(), output=tmp_path / "run")
     began = time.perf_counter()

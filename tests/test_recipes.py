@@ -521,12 +521,12 @@ def test_the_command_line_goes_from_images_to_a_capsule_to_a_network(capsys, dig
     shown = said(capsys, *command, "--calibration", digits, "--output", first)
     assert "capsule: 1 of 10 classes missing (7)" in shown
     assert "distillation: 2 steps, each on 8 fdda and 4 real images" in shown
-    assert "capsule.safetensors" in shown[-2] and "network.onnx" in shown[-2]
+    assert "capsule.safetensors" in shown[-3] and "network.onnx" in shown[-3]
     own = ["--capsule", first / "capsule.safetensors"]
     shown = said(capsys, *command, *own, "--placement", "literature", "--output", second)
     assert "capsule: 1 of 10 classes missing (7)" in shown
     assert "distillation: 2 steps, each on 8 fdda images" in shown
-    assert "network.safetensors" in shown[-2] and "network.onnx" not in shown[-2]
+    assert "network.safetensors" in shown[-3] and "network.onnx" not in shown[-3]
     metrics = json.loads((second / "metrics.json").read_text())
     assert metrics["quantization"]["placement"] == "literature" and metrics["exported"] == {"top1": None}
     inputs = [load_images(path / "images.safetensors").inputs for path in (first, second)]

@@ -382,3 +382,21 @@ def test_a_folder_with_another_run_is_refused_before_any_image_is_read(capsys, m
     start = f"{output}: must be new or hold the same run, got one with recipe '0000000000000000' instead of "
     assert told.startswith(start), told
     assert told.endswith("; choose another --output, or delete the folder")
+
+
+@pytest.mark.parametrize("command", ["quantize", "synthesize"])
+def test_a_network_with_random_weights_is_refused(capsys, nets, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, command, "nets.py:normal", *SHAPE, "--output", "run") == (
+        "nets.py:normal: must have trained weights, got other ones each time that it is made; give them with --weights, or load them in "
+        "nets.py:normal"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_means_of_pixels_up_to_255_are_refused(capsys, nets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shape = [*SHAPE[:2], "--mean", "123", *SHAPE[4:]]
+    assert refused(capsys, "inspect", "nets.py:normal", *shape) == (
+        "nets.py:normal: InputContract.mean must be of pixels in 0..1, got 123; divide mean and std by 255"
+    )

@@ -91,6 +91,7 @@ def test_quantize_shows_a_table_and_says_which_recipe_it_chose(capsys, finished)
         "images",
         "seconds",
         "files",
+        "read",
         "next",
     ]
 

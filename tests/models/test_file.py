@@ -163,7 +163,7 @@ def test_weights_are_checked_before_the_file_is_run(tmp_path):
     ("options", "message"),
     [
         ({"classes": 0}, "classes must be at least 1, got 0"),
-        ({"std": (0.5, 0.5)}, "InputContract.std must have one value per channel (1), got 2"),
+        ({"std": (0.5, 0.5)}, "mean and std must have one value for each channel, got 1 and 2"),
         ({"input_size": 0}, "InputContract.height must be at least 1, got 0"),
     ],
 )

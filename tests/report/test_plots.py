@@ -98,6 +98,13 @@ def test_the_plane_does_not_turn_with_the_order_or_number_of_images():
     assert torch.allclose(straight, twice[:30], atol=1e-4)
 
 
+def test_one_image_and_one_feature_have_a_plane_too():
+    (point,), shares = features.principal_plane([torch.tensor([[3.0, 4.0, 5.0]])])
+    assert point.tolist() == [[0.0, 0.0]] and shares == (0.0, 0.0)
+    (points,), shares = features.principal_plane([torch.tensor([[1.0], [3.0]])])
+    assert points.tolist() == [[-1.0, 0.0], [1.0, 0.0]] and shares == (1.0, 0.0)
+
+
 def test_the_deviations_are_those_of_each_image_alone(teacher, sets, tiny_cnn):
     module, inputs = tiny_cnn().module, sets["real"].inputs
     norm, observed = module[4], teacher.batch_norms[1]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, Token
 
+from reverie.errors import ConfigError
+
 if TYPE_CHECKING:
     from reverie.models import Network
     from reverie.recipe import Recipe
@@ -63,6 +65,19 @@ class NetworkOptions:
         from reverie import models
 
         return models.load(name, **self.given())
+
+
+def check_trained(name: str, network: "Network", options: NetworkOptions) -> None:
+    """Refuses a network whose weights are drawn anew each time that its file makes it: nobody could go on with it, or compare anything with it.
+
+    Args:
+        name, options: What it was loaded by.
+    """
+    made = options.weights is None and name.rpartition(":")[0].endswith(".py")
+    if made and options.load(name).fingerprint != network.fingerprint:
+        raise ConfigError(
+            f"{name}: must have trained weights, got other ones each time that it is made; give them with --weights, or load them in {name}"
+        )
 
 
 NO_OPTIONS = NetworkOptions()

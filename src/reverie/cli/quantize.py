@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reverie.cli import _forecast
-from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, as_overrides, overrides
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, as_overrides, check_trained, overrides
 from reverie.cli._output import say, say_json, say_table, say_wrapped
 from reverie.cli._request import request as asked_for
 from reverie.errors import ConfigError, at
@@ -95,7 +95,7 @@ def quantize(
         evaluate: Folder (or .npz, .safetensors) of labelled images to measure accuracy on, or held-out for the set that
             the network brings along.
         unlabelled: Folder (or .npz, .safetensors) of images to measure agreement with full precision on.
-        output: The run directory; default runs/NETWORK-wNaN.
+        output: The run directory; default runs/NETWORK-w4a8, with the network's name and the bits.
         seed: Of everything random.
         device: Where synthesis and rounding happen, such as cpu or cuda.
         budget: Minutes for the stages that learn (images, clipping, distillation, rounding). A few steps of each are timed
@@ -158,6 +158,7 @@ def quantize(
     real = read_images(calibration, loaded, require_labels=labels, option="--calibration")
     unseen = read_images(unlabelled, loaded, require_labels=False, option="--unlabelled")
     known = None if evaluate is None else labelled(evaluate, loaded)
+    check_trained(network, loaded, options)
     places: dict[str, Path | str | None] = {"calibration": calibration, "capsule": capsule, "unlabelled": unlabelled}
     places["evaluation"] = evaluate if evaluate in (None, HELD_OUT) else Path(evaluate)
     asked = asked_for(
@@ -293,6 +294,7 @@ def show(run: "Run") -> None:
         say_wrapped(line)
     files = sorted(path.name for path in run.path.iterdir() if not path.name.startswith("."))
     say_wrapped(f"files: {run.path}: {', '.join(files)}")
+    say_wrapped(f"read: {run.path / 'report.html'} in a browser; README.md there says how to load the file")
     say_wrapped(f"next: {_next(run)}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reverie.cli import _forecast
-from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, Target, read_recipe
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, Target, check_trained, read_recipe
 from reverie.cli._output import listing, say, say_json, say_wrapped
 from reverie.cli._request import request as asked_for
 from reverie.errors import at
@@ -104,6 +104,7 @@ def synthesize(
         "progress": shown,
     }
     check_output(output, request.identity(resolved, loaded), partial(request.recipe_changes, output, resolved))
+    check_trained(network, loaded, options)
     if dry_run:
         from reverie.forecast import forecast
 

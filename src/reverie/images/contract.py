@@ -51,6 +51,11 @@ class InputContract:
             raise ConfigError(f"InputContract.interpolation must be one of {choices}, got {self.interpolation!r}")
         if self.resize is not None and self.resize < 1:
             raise ConfigError(f"InputContract.resize must be at least 1, got {self.resize}")
+        # Of pixels in 0..1; those of 0..255 are the usual slip, and would make a network that sees nothing.
+        if max(self.mean) > 2:
+            raise ConfigError(
+                f"InputContract.mean must be of pixels in 0..1, got {max(self.mean):g}; divide mean and std by 255"
+            )
         if min(self.std) <= 0:
             raise ConfigError(f"InputContract.std must be positive, got {min(self.std)}")
 

@@ -53,6 +53,8 @@ def load(
     with at(name):
         if classes < 1:
             raise ConfigError(f"classes must be at least 1, got {classes}")
+        if len(mean) != len(std):
+            raise ConfigError(f"mean and std must have one value for each channel, got {len(mean)} and {len(std)}")
         height, width = input_size if isinstance(input_size, tuple) else (input_size, input_size)
         contract = InputContract(
             channels=len(mean), height=height, width=width, mean=mean, std=std, resize=resize, interpolation=interpolation
@@ -103,22 +105,28 @@ def _run(path: Path) -> dict[str, Any]:
 def _find(names: dict[str, Any], factory: str, path: Path) -> Callable[..., Any]:
     if factory not in names:
         public = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
-        own = [name for name in public if getattr(names[name], "__module__", None) == names["__name__"]]
+        own = [
+            name for name in public if getattr(names[name], "__module__", None) == names["__name__"] and not _lacks(names[name])
+        ]
         raise unknown("factory", factory, own) if own else ConfigError(f"unknown factory {factory!r}; {path.name} defines none")
     found = names[factory]
     if not callable(found):
         raise ConfigError(f"the factory must be callable, got a {type(found).__name__}")
     call: Callable[..., Any] = found
-    needed = [
-        parameter.name
-        for parameter in inspect.signature(call).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if needed:
+    if needed := _lacks(call):
         raise ConfigError(
             f"the factory must take no arguments, got one that needs {', '.join(needed)}; write a function that fills them in"
         )
     return call
+
+
+def _lacks(factory: Callable[..., Any]) -> list[str]:
+    """The arguments that have to be given."""
+    return [
+        parameter.name
+        for parameter in inspect.signature(factory).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
 
 
 def _call(factory: Callable[..., Any]) -> Any:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from reverie.graph.batch_norm import Observed
 from reverie.graph.operators import arguments, layers
@@ -68,7 +69,9 @@ def principal_plane(sets: list[Float[Tensor, "_ width"]]) -> tuple[list[Float[Te
     origin = torch.stack([features.mean(dim=0) for features in sets]).mean(dim=0)
     centred = [features - origin for features in sets]
     _, scales, directions = torch.linalg.svd(torch.cat([rows / len(rows) ** 0.5 for rows in centred]), full_matrices=False)
-    plane = directions[:2]
+    # One image, or one feature, has one direction: nothing varies along the other.
+    lacking = max(0, 2 - len(directions))
+    plane, scales = F.pad(directions[:2], (0, 0, 0, lacking)), F.pad(scales, (0, lacking))
     # The sign of a direction is arbitrary.
     plane = plane * plane.gather(1, plane.abs().argmax(dim=1, keepdim=True)).sign()
     shares = scales.square() / scales.square().sum().clamp(min=1e-30)
