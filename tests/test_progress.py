@@ -122,6 +122,21 @@ def test_what_is_said_stands_among_the_rest(clock, stream, capsys):
     assert captured.err.startswith("before\n") and "fdda: [big] generator\n" in captured.err
 
 
+def test_the_whole_is_never_shorter_than_its_part(clock, stream):
+    lines = Lines(stream, clock=clock)
+    lines.plan({"a": 1.0, "b": 1.0, "c": 1.0})
+    lines.start("a", 1)
+    clock.now += 10
+    lines.advance()
+    lines.finish()
+    # Ten times as slow as planned: 90 s of it are left, and c is expected to take what a and b took so far.
+    lines.start("b", 10)
+    clock.now += 10
+    lines.advance()
+    assert lines.seconds_left == 90
+    assert lines.seconds_left_overall == pytest.approx(90 + 20 / 1.1)
+
+
 def test_time_left_overall_counts_the_stages_to_come_and_leaves_out_those_skipped(clock, stream):
     progress = JsonLines(stream, clock)
     progress.plan({"load": 5.0, "synthesize": 2.0, "quantize": 3.0, "export": 1.0})

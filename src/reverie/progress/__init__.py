@@ -180,8 +180,13 @@ class Timed(Progress):
             return None
         weight = self._plan[self.name]
         worked = self._worked + weight * self.fraction_worked
-        to_come = weight * (1 - self.fraction) + sum(self._plan[name] for name in stages[stages.index(self.name) + 1 :])
-        return (self._seconds_worked + self.seconds_working) * to_come / worked if worked else None
+        if not worked:
+            return None
+        rate = (self._seconds_worked + self.seconds_working) / worked
+        # What the stage itself tells is better known than what the plan says of it; the whole is never shorter than its part.
+        own = self.seconds_left
+        here = rate * weight * (1 - self.fraction) if own is None else own
+        return here + rate * sum(self._plan[name] for name in stages[stages.index(self.name) + 1 :])
 
     @property
     def seconds_overall(self) -> float:

@@ -23,6 +23,10 @@ _STAGES = {
     "round": "Rounding, unit after unit",
     "distil": "Teaching the student",
 }
+# Why a curve has teeth.
+_BEGINS_ANEW = dict.fromkeys(("synthesize", "refine", "excite"), " Where it jumps, the next batch of images begins.") | {
+    "round": " Where it jumps, the next unit begins."
+}
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def curves(losses: dict[str, Any]) -> list[tuple[str, str, Markup]]:
         told = f"{values[0]:.3g} at first, {values[-1]:.3g} at last"
         line = charts.Line(name="loss", colour=0, values=values)
         chart = charts.lines([line], steps, label=f"{title}: loss {told}", across="step", logarithmic=min(values) > 0)
-        found.append((title, f"Loss {told}.", chart))
+        found.append((title, f"Loss {told}.{_BEGINS_ANEW.get(stage, '')}", chart))
     return found
 
 
