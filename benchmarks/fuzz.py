@@ -243,24 +243,23 @@ def teacher() -> Any:
     return as_teacher(digits())
 
 
+def calibrated(path: Path, out: Path) -> list[str]:
+    """A command line that reads images."""
+    return ["capsule", "embedded:digits", "--calibration", str(path), "--output", str(out)]
+
+
+def synthesized(*words: str, out: Path) -> list[str]:
+    """A command line that makes one image."""
+    return ["synthesize", "embedded:digits", *words, "--images", "1", "--set", "synthesis.steps=1", "--output", str(out)]
+
+
 READERS = {
     "recipe": Reader(
         ("recipes/*.toml",),
         (mutations.toml_edit,),
         beside,
         lambda path: recipe.read(str(path)),
-        lambda path, out: [
-            "synthesize",
-            "embedded:digits",
-            "--recipe",
-            str(path),
-            "--images",
-            "1",
-            "--set",
-            "synthesis.steps=1",
-            "--output",
-            str(out),
-        ],
+        lambda path, out: synthesized("--recipe", str(path), out=out),
         1500,
     ),
     "network.safetensors": Reader(
@@ -276,7 +275,7 @@ READERS = {
         (mutations.safetensors_edit,),
         beside,
         read_images,
-        lambda path, out: ["capsule", "embedded:digits", "--calibration", str(path), "--output", str(out)],
+        calibrated,
         800,
     ),
     "capsule": Reader(
@@ -284,20 +283,7 @@ READERS = {
         (mutations.safetensors_edit,),
         beside,
         read_capsule,
-        lambda path, out: [
-            "synthesize",
-            "embedded:digits",
-            "--recipe",
-            "fdda",
-            "--capsule",
-            str(path),
-            "--images",
-            "1",
-            "--set",
-            "synthesis.steps=1",
-            "--output",
-            str(out),
-        ],
+        lambda path, out: synthesized("--recipe", "fdda", "--capsule", str(path), out=out),
         800,
     ),
     "run.json": Reader(
@@ -330,7 +316,7 @@ READERS = {
         (mutations.png_edit,),
         in_pictures,
         read_pictures,
-        lambda path, out: ["capsule", "embedded:digits", "--calibration", str(path), "--output", str(out)],
+        calibrated,
         1200,
     ),
     "folder": Reader(
@@ -338,7 +324,7 @@ READERS = {
         (),
         as_folder,
         read_pictures,
-        lambda path, out: ["capsule", "embedded:digits", "--calibration", str(path), "--output", str(out)],
+        calibrated,
         500,
     ),
     "npz": Reader(
@@ -346,7 +332,7 @@ READERS = {
         (mutations.zip_edit, mutations.npz_edit),
         beside,
         read_pictures,
-        lambda path, out: ["capsule", "embedded:digits", "--calibration", str(path), "--output", str(out)],
+        calibrated,
         700,
     ),
     "weights": Reader(

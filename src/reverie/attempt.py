@@ -69,8 +69,8 @@ def working_in(
             explain=explain,
         ) as directory:
             if not directory.is_complete:
-                kept = directory.record["facts"].get("budget")
-                atomic_text(directory.path / "recipe.toml", to_toml(Schedule(**kept).shorten(recipe) if kept else recipe))
+                kept = _schedule(directory)
+                atomic_text(directory.path / "recipe.toml", to_toml(recipe if kept is None else kept.shorten(recipe)))
                 if read:
                     atomic_json(directory.path / real_images.FILE, read)
             yield directory
@@ -114,14 +114,21 @@ def within(
     budget: float, recipe: Recipe, teacher: Teacher, real: Images | None, directory: RunDirectory, progress: Progress
 ) -> Recipe:
     """The recipe, shortened to `budget` minutes by what the first process of the run measured."""
-    if "budget" not in directory.record["facts"]:
+    schedule = _schedule(directory)
+    if schedule is None:
         with timed(directory, "budget"), free_if_refused(directory):
-            directory.note(budget=asdict(fit(recipe, teacher, real, budget, progress=progress)))
-    schedule = Schedule(**directory.record["facts"]["budget"])
+            schedule = fit(recipe, teacher, real, budget, progress=progress)
+            directory.note(budget=asdict(schedule))
     progress.say(schedule.told(recipe))
     shortened = schedule.shorten(recipe)
     atomic_text(directory.path / "recipe.toml", to_toml(shortened))
     return shortened
+
+
+def _schedule(directory: RunDirectory) -> Schedule | None:
+    """What the first process of the run made of its budget."""
+    kept = directory.record["facts"].get("budget")
+    return None if kept is None else Schedule(kept["minutes"], kept["factor"], kept["steps"])
 
 
 @contextmanager

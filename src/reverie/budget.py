@@ -82,6 +82,10 @@ class Schedule:
         """The recipe with these steps."""
         for key, number in self.steps.items():
             table, _, name = key.partition(".")
+            if not hasattr(getattr(recipe, table, None), name):
+                raise ConfigError(
+                    f"budget: steps must be those of the recipe, got {key!r}; put back the run.json that the run wrote"
+                )
             # A table is another dataclass for every method, which the type checker cannot follow.
             shorter: Any = replace(getattr(recipe, table), **{name: number})
             recipe = replace(recipe, **{table: shorter})

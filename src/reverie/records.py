@@ -21,16 +21,35 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a budget made of the recipe (`budget.Schedule`)."""
+
+    minutes: float
+    factor: float
+    steps: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What every run notes; what else is under `facts` is checked by whoever reads it."""
+
+    sha256: dict[str, str] | None = None
+    budget: Budget | None = None
+    real_images: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
-    """`run.json`. What is under `facts` is checked by whoever reads it."""
+    """`run.json`."""
 
     reverie: str
     identity: dict[str, str]
     versions: dict[str, str | int]
     earlier_versions: list[dict[str, str | int]]
-    facts: dict[str, Any]
+    facts: Facts
     stages: dict[str, Stage]
     complete: bool
+    sha256: str | None = None
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

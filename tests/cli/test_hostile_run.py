@@ -47,6 +47,8 @@ def test_a_python_file_that_came_with_a_run_is_not_executed(capsys, run, tmp_pat
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"facts": {"budget": {"minutes": 1.0, "factor": 1.0}}}, "facts.budget.steps must be there, got nothing"),
+        ({"sha256": 5}, "sha256 must be a valid string, got 5"),
         ({"complete": "yes"}, "complete must be a valid boolean, got 'yes'"),
         ({"identity": []}, "identity must be an object, got []"),
         ({"stages": {"capture": {}}}, "stages.capture.seconds must be there, got nothing"),
@@ -55,7 +57,7 @@ def test_a_python_file_that_came_with_a_run_is_not_executed(capsys, run, tmp_pat
         ({"facts": {"network": "x", "options": {"mean": "0.5"}}}, "facts: options.mean must be a valid array, got '0.5'"),
         (
             {"facts": {"network": "x", "options": {}, "sha256": {"network.safetensors": 1}}},
-            "facts: sha256.network.safetensors must be a valid string, got 1",
+            "facts.sha256.network.safetensors must be a valid string, got 1",
         ),
     ],
 )

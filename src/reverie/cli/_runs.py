@@ -35,7 +35,6 @@ class _Facts:
 
     network: str
     options: Options
-    sha256: dict[str, str] | None = None
 
 
 def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Network":
