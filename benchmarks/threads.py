@@ -41,11 +41,12 @@ def ran(recipe: str, threads: int, output: Path) -> dict[str, Any]:
 
 
 def codes_and_scales(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of all weights, one after the other."""
+    """The codes of all weights, and the scales of weights and activations, one after the other."""
     tensors, header = read_packed(run / "network.safetensors")
     layers = header["layers"].values()
     codes = [tensors[f"{layer['weight']}.codes"].flatten() for layer in layers]
-    return torch.cat(codes).int(), torch.cat([tensors[f"{layer['weight']}.scale"].flatten() for layer in layers])
+    names = [layer["weight"] for layer in layers] + list(header["tensors"])
+    return torch.cat(codes).int(), torch.cat([tensors[f"{name}.scale"].flatten() for name in names])
 
 
 def main() -> None:
