@@ -109,11 +109,9 @@ def test_the_same_recipe_and_seed_give_the_same_bytes_and_another_seed_others(ti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["zeroq", "qdrop"])
-def test_another_number_of_threads_is_worth_the_same(tiny_cnn, preset, tmp_path):
+def test_another_number_of_threads_is_worth_the_same(tiny_cnn, tmp_path):
     # The tolerance that docs/guides/interrupted.md states; `benchmarks/threads.py` measures it on a larger network.
-    recipe = read(preset, QUICK | {"quantization.weight_bits": 8, "quantization.activation_bits": 8})
-    recipe = replace(recipe, reconstruction=replace(recipe.reconstruction, iterations=20))
+    recipe = read("qdrop", QUICK | {"quantization.activation_bits": 8, "reconstruction.iterations": 20})
     found = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -76,8 +76,15 @@ def stopped(place, interrupt, capsys) -> Path:
     return place / "run"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize(("stage", "step"), [("synthesize", 9), ("round", 5), ("evaluate", 1)])
+@pytest.mark.parametrize(
+    ("stage", "step", "number", "status"),
+    [
+        ("synthesize", 9, signal.SIGINT, 130),
+        ("round", 5, signal.SIGTERM, 143),
+        ("round", 5, signal.SIGINT, 130),
+        ("evaluate", 1, signal.SIGTERM, 143),
+    ],
+)
 def test_a_signal_ends_the_step_and_says_how_to_go_on(place, interrupt, capsys, stage, step, number, status):
     assert main(command("whole")) == 0
     interrupt(stage, step, number)
@@ -207,8 +214,11 @@ def test_the_second_of_two_processes_is_refused(stopped, capsys):
         )
 
 
-@pytest.mark.parametrize("change", ["cut off", "flipped"])
-@pytest.mark.parametrize("name", ["checkpoints/images/images-0.safetensors", "checkpoints/rounding/codes-0.safetensors"])
+# Every byte and length of one is looked at in tests/test_checkpoints.py.
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("checkpoints/images/images-0.safetensors", "flipped"), ("checkpoints/rounding/codes-0.safetensors", "cut off")],
+)
 def test_a_checkpoint_that_was_damaged_is_named_and_can_be_deleted(place, interrupt, capsys, name, change, monkeypatch):
     # Every part is kept, however little time it took.
     monkeypatch.setattr("reverie.attempt.SECONDS", 0.0)
@@ -244,6 +254,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_p
         "distillation.steps=12",
         "distillation.synthetic=both",
         "reconstruction.iterations=8",
+        "export.method=none",
     ]
     words = [sys.executable, "-m", "reverie", "quantize", "embedded:digits", "--recipe", "clusterq", "--json"]
     words += [word for setting in settings for word in ("--set", setting)]
@@ -261,5 +272,5 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_p
         assert process.wait() == -signal.SIGKILL
         assert not read_record(run)["complete"]
     subprocess.run([sys.executable, "-m", "reverie", "resume", str(run)], check=True, capture_output=True)
-    for file in FILES:
+    for file in FILES[:2]:
         assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file

@@ -1,4 +1,4 @@
-"""Real architectures with random weights; all of them: `benchmarks/export_all.py`."""
+"""Real architectures with random weights, one for each kind of block; all of them: `benchmarks/export_all.py`."""
 
 import importlib.util
 from pathlib import Path
@@ -9,8 +9,6 @@ NETWORKS = [
     "resnet18",
     "mobilenet_v2",
     "mobilenet_v3_small",
-    "efficientnet_b0",
-    "densenet121",
     "googlenet",
     "regnet_x_400mf",
     "convnext_tiny",
