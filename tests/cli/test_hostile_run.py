@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from tests.cli.test_bad_input import refused
+from tests.models.test_weights import Touch
 
 from reverie.recipe import read, tables
 
@@ -102,6 +104,23 @@ def test_a_python_file_that_came_with_an_interrupted_run_is_not_executed(capsys,
         "read it, and type its command again (reverie quantize embedded:digits) if you trust it"
     )
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "resume"])
+def test_a_record_cannot_give_leave_to_execute_weights(capsys, run, tmp_path, command):
+    mark, net, weights = tmp_path / "executed", tmp_path / "nets.py", tmp_path / "net.pt"
+    net.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(4, 2))\n")
+    torch.save({"weight": torch.zeros(1), "more": Touch(mark)}, weights)
+    options = {"weights": str(weights), "execute_weights": True, "input_size": 2, "mean": [0.5], "std": [0.5], "classes": 2}
+    asked = {"network": f"{net}:net", "options": options}
+    request = REQUEST | asked | {"folder": str(tmp_path), "recipe": tables(read("zeroq"))}
+    run(complete=command == "export", facts=asked | {"request": request})
+    assert refused(capsys, command, "run").endswith("or let its code run with --execute-weights if you trust the file")
+    assert not mark.exists()
+    assert "must be a state dict of tensors alone, got a NoneType at 'more'" in refused(
+        capsys, command, "run", "--execute-weights"
+    )
+    assert mark.exists()
 
 
 def test_a_message_cannot_move_the_cursor(capsys, run):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -96,6 +97,28 @@ def test_files_with_neighbours_of_the_same_name_do_not_meet(tmp_path):
         assert models.load(name, **(SMALL | {"input_size": side})).module[1].in_features == size
     assert sys.path == path
     assert not {"blocks", "parts", "parts.head", "net"} & set(sys.modules)
+
+
+def test_a_saved_model_finds_its_class_beside_the_network_where_its_code_may_run(tmp_path):
+    layers = "from torch import nn\nclass Head(nn.Linear):\n    pass\n"
+    text = "from torch import nn\nfrom layers import Head\ndef make():\n    return nn.Sequential(nn.Flatten(), Head(64, 2))\n"
+    write(tmp_path, layers, "layers.py")
+    name, weights = write(tmp_path, text), tmp_path / "whole.pt"
+    script = f"import torch, net\ntorch.manual_seed(1)\ntorch.save(net.make(), {str(weights)!r})\n"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    with pytest.raises(ConfigError, match="Unsupported global"):
+        models.load(name, weights=weights, **SMALL)
+    network = models.load(name, weights=weights, execute_weights=True, **SMALL)
+    torch.manual_seed(1)
+    assert torch.equal(network.module[1].weight, torch.nn.Linear(64, 2).weight)
+    assert "layers" not in sys.modules
+
+
+def test_leave_to_execute_needs_weights(tmp_path):
+    name = write(tmp_path, NETWORK.format(size=64))
+    assert refusal(ConfigError, name, execute_weights=True) == (
+        f"{name}: weights must be given with execute_weights, got none; leave it out, or name the file that it is for"
+    )
 
 
 def test_a_second_load_sees_the_changed_file(tmp_path):

@@ -15,6 +15,8 @@ from reverie.errors import ConfigError, ModelError
 from reverie.models import _weights, load
 from reverie.models._torchvision_import import torchvision
 
+OR_EXECUTE = ", or let its code run with --execute-weights if you trust the file"
+
 
 @pytest.fixture
 def state() -> dict[str, torch.Tensor]:
@@ -49,6 +51,7 @@ def test_a_whole_model_is_refused_with_the_reason(tmp_path):
     assert message_of(path) == (
         f"{path}: weights must be a state dict of tensors alone, got a pickle that needs more "
         "(Unsupported global: GLOBAL torch.nn.modules.linear.Linear); save model.state_dict() in place of the model"
+        + OR_EXECUTE
     )
 
 
@@ -132,10 +135,44 @@ class Touch:
 def test_code_in_a_weight_file_is_refused_and_not_executed(tmp_path, state, zipped):
     mark, path = tmp_path / "executed", tmp_path / "net.pt"
     torch.save(dict(state) | {"more": Touch(mark)}, path, _use_new_zipfile_serialization=zipped)
-    assert message_of(path).endswith("; save model.state_dict() in place of the model")
+    assert message_of(path).endswith("; save model.state_dict() in place of the model" + OR_EXECUTE)
     assert not mark.exists()
     torch.load(path, weights_only=False)
     assert mark.exists()
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: {"model": model, "epoch": 3}])
+def test_a_whole_model_is_read_where_its_code_may_run(tmp_path, wrap):
+    path, model = tmp_path / "net.pt", nn.Sequential(nn.Linear(3, 2))
+    torch.save(wrap(model), path)
+    read = _weights.read(path, execute=True)
+    assert list(read) == ["0.weight", "0.bias"]
+    assert torch.equal(read["0.weight"], model[0].weight)
+
+
+def test_leave_to_execute_is_not_used_on_tensors_alone(tmp_path, state, monkeypatch):
+    path = tmp_path / "net.pt"
+    torch.save(state, path)
+    asked, load = [], torch.load
+
+    def watched(*arguments, **options):
+        asked.append(options["weights_only"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    assert torch.equal(_weights.read(path, execute=True)["bias"], state["bias"])
+    assert asked == [True]
+
+
+def test_code_that_does_not_run_is_described(tmp_path, state):
+    path = tmp_path / "net.pt"
+    torch.save(dict(state) | {"more": Touch(tmp_path / "nowhere" / "mark")}, path)
+    with pytest.raises(ModelError) as caught:
+        _weights.read(path, execute=True)
+    assert str(caught.value) == (
+        f"{path}: its code must run, got FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path}/nowhere/mark'; "
+        "classes are found beside the network's Python file, under the module names that they were saved with"
+    )
 
 
 def test_a_weight_file_that_blows_up_is_refused(tmp_path, state, monkeypatch):

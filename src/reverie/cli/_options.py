@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +40,8 @@ class NetworkOptions:
 
     Args:
         weights: Of a network from a Python file: state dict, .safetensors, .pt or .pth; only read, code in it is refused.
+        execute_weights: Run the code that a pickled --weights file holds, as a program with all your rights (a whole saved model, for one); for
+            files alone that you would also run. A run's directory never asks for it: `resume` and its like want it again.
         input_size: Of a network from a file: side of its square input, pixels; an ONNX file may say it.
         mean: Of a network from a file: means of pixels in 0..1, such as 0.485,0.456,0.406.
         std: Of a network from a file: standard deviations of pixels in 0..1, such as 0.229,0.224,0.225.
@@ -49,6 +51,7 @@ class NetworkOptions:
     """
 
     weights: Path | None = None
+    execute_weights: bool = False
     input_size: int | None = None
     mean: Numbers = None
     std: Numbers = None
@@ -58,7 +61,7 @@ class NetworkOptions:
 
     def given(self) -> dict[str, Any]:
         """Those that were given."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value is not None and value is not False}
 
     def load(self, name: str) -> "Network":
         """The network `name`; only the options that were given are handed to its source."""
@@ -81,18 +84,6 @@ def check_trained(name: str, network: "Network", options: NetworkOptions) -> Non
 
 
 NO_OPTIONS = NetworkOptions()
-
-
-def as_flags(given: Mapping[str, Any]) -> list[str]:
-    """What was given of a network, as words of a command line."""
-    return [
-        word
-        for name, value in given.items()
-        for word in (
-            f"--{name.replace('_', '-')}",
-            ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value),
-        )
-    ]
 
 
 def read_recipe(name_or_file: str, settings: Settings, **flags: Any) -> "Recipe":

@@ -1,5 +1,6 @@
 """What commands read back from a run directory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ class Options:
     """What run.json tells of how the network was loaded; `models.load` refuses others."""
 
     weights: str | None = None
+    execute_weights: bool = False
     input_size: int | tuple[int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -51,10 +53,9 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
     from reverie.runs import read_record
 
     facts, identity = _facts(run), read_record(run)["identity"]
-    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in facts["options"].items()}
     if name is None:
         check_code(run, facts["network"], f"give --network {facts['network']}")
-    network = models.load(name or facts["network"], **kept | options.given())
+    network = models.load(name or facts["network"], **recorded(facts["options"]) | options.given())
     quantized = identity.get("network")
     if network.fingerprint != quantized:
         raise ConfigError(
@@ -62,6 +63,13 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
             f"({network.fingerprint}); name the right one with --network and --weights"
         )
     return network
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a record as `models.load` takes them, without leave to execute weights: whoever types the command gives that, no file."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in options.items() if key != "execute_weights"
+    }
 
 
 def check_code(run: Path, network: str, cure: str) -> None:

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, as_flags
+from reverie import flags
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions
 from reverie.cli._output import say, say_json
 from reverie.errors import ConfigError, at
 from reverie.progress import choose
@@ -57,7 +58,7 @@ def capsule(
     save_capsule(centres, output)
     sizes = {"capsule": output.stat().st_size, "images": _bytes(images, calibration)}
     further = shlex.join(
-        ["reverie", "quantize", network, *as_flags(options.given()), "--recipe", "fdda", "--capsule", str(output)]
+        ["reverie", "quantize", network, *flags.words(options.given()), "--recipe", "fdda", "--capsule", str(output)]
     )
     if json:
         say_json(

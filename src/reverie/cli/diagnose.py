@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, as_flags, read_recipe
+from reverie import flags
+from reverie.cli._options import NO_OPTIONS, Json, NetworkOptions, Settings, read_recipe
 from reverie.cli._output import say, say_json, say_table
 from reverie.cli._runs import load_network, packed_file
 from reverie.cli.quantize import recipe_name
@@ -300,7 +301,7 @@ def _write(found: "Treatment", file: Path, network: "Network", run: Path | None)
         return None
     atomic_text(file, to_toml(found.recipe))
     place = [] if run is None else ["--output", f"{run}-fixed"]
-    return shlex.join(["reverie", "quantize", network.name, *as_flags(network.options), "--recipe", str(file), *place])
+    return shlex.join(["reverie", "quantize", network.name, *flags.words(network.options), "--recipe", str(file), *place])
 
 
 def _as_document(found: "Treatment", command: str | None) -> dict[str, Any]:

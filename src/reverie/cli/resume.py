@@ -9,7 +9,7 @@ from reverie.cli import quantize, synthesize
 from reverie.cli._options import Json
 from reverie.cli._output import say, say_json
 from reverie.cli._request import asked_in
-from reverie.cli._runs import check_code, check_intact
+from reverie.cli._runs import check_code, check_intact, recorded
 from reverie.errors import ConfigError
 from reverie.progress import choose
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from reverie.pipeline import Run
 
 
-def resume(run: Path, /, *, accept_changes: bool = False, json: Json = False) -> None:
+def resume(run: Path, /, *, accept_changes: bool = False, execute_weights: bool = False, json: Json = False) -> None:
     """Go on with an interrupted run from its last checkpoint; it ends with the bytes that it would have had undisturbed.
 
     Nothing but the run directory is needed: it says what was asked for. It may have been moved. Network, images and recipe must be
@@ -29,6 +29,7 @@ def resume(run: Path, /, *, accept_changes: bool = False, json: Json = False) ->
     Args:
         run: A run directory that `reverie quantize` or `reverie synthesize` began.
         accept_changes: Go on with other versions of the libraries or another processor; the bytes may then be others.
+        execute_weights: As for `reverie quantize`: run the code in the file of the network's weights, as a program with all your rights.
         json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
     """
     from reverie.runs import read_record
@@ -55,7 +56,7 @@ def resume(run: Path, /, *, accept_changes: bool = False, json: Json = False) ->
     run, here = run.absolute(), Path(asked["folder"])
     # What was given by relative paths lies where it did, or has been moved along with the current folder.
     with contextlib.chdir(here) if here.is_dir() else contextlib.nullcontext():
-        done = _repeat(asked, run, accept_changes, json)
+        done = _repeat(asked, run, accept_changes, execute_weights, json)
     if json:
         say_json(done.metrics)
     elif asked["command"] == "quantize":
@@ -64,7 +65,7 @@ def resume(run: Path, /, *, accept_changes: bool = False, json: Json = False) ->
         synthesize.show(done, asked["target"])
 
 
-def _repeat(asked: dict[str, Any], output: Path, accept_changes: bool, json: bool) -> "Run":
+def _repeat(asked: dict[str, Any], output: Path, accept_changes: bool, execute_weights: bool, json: bool) -> "Run":
     from reverie import formats, interrupts, loggers, models, pipeline, plugins
     from reverie.best import Choice
     from reverie.recipe import from_tables, tables
@@ -72,7 +73,7 @@ def _repeat(asked: dict[str, Any], output: Path, accept_changes: bool, json: boo
     from reverie.synthesis._capsule import load_capsule
 
     recipe = from_tables(asked["recipe"])
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in asked["options"].items()}
+    given = recorded(asked["options"]) | ({"execute_weights": True} if execute_weights else {})
     used = [loggers.load(name) for name in asked["log"]]
     check_code(output, asked["network"], f"type its command again ({asked['line']})")
     network = models.load(asked["network"], **given)

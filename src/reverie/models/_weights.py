@@ -1,10 +1,8 @@
-"""Weight files: state dicts only, never code, and a clear word when one does not fit its network.
+"""Weight files: state dicts, code in them only where the caller says so, and a clear word when one does not fit its network.
 
-Pickled checkpoints are read with `torch.load(weights_only=True)`; whatever needs more is refused, and no option turns that off. A
-network's Python file is code that the user has named as such (`file.py`), and is the place for `torch.load(..., weights_only=False)` of a
-file that one would also run as a program. A checkpoint that wraps
-its state dict as `{"state_dict": ...}` or `{"model": ...}` is unwrapped, and the `module.` that `nn.DataParallel` puts in
-front of every key is dropped.
+Pickled checkpoints are read with `torch.load(weights_only=True)`. Whatever needs more is a program, and is refused unless the caller
+asks for it to be executed; then a whole saved model gives its state dict. A checkpoint that wraps its state dict or model as
+`{"state_dict": ...}` or `{"model": ...}` is unwrapped, and the `module.` that `nn.DataParallel` puts in front of every key is dropped.
 """
 
 import os
@@ -50,11 +48,15 @@ _DAMAGED = (
 )
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, *, execute: bool = False) -> dict[str, Tensor]:
     """The state dict in `path`, on the CPU.
+
+    Args:
+        execute: Run the code in a pickle that holds more than tensors, with all rights of this process.
 
     Raises:
         ConfigError: No such file, another format, damaged, or a pickle that holds more than tensors.
+        ModelError: Its code was executed, and failed.
     """
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: weights must be a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {path.suffix!r}")
@@ -62,7 +64,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path}: weights must be an existing file, got {'a folder' if path.is_dir() else 'nothing there'}")
     with at(str(path)):
         received.check_file(path)
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrap(_read_pickle(path), path)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrap(_read_pickle(path, execute), path)
     if state and all(key.startswith(_PARALLEL_PREFIX) for key in state):
         state = {key.removeprefix(_PARALLEL_PREFIX): value for key, value in state.items()}
     return state
@@ -127,7 +129,7 @@ def _check_zip(path: Path) -> None:
         received.check_archive(archive, path.stat().st_size)
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, execute: bool) -> Any:
     try:
         _check_zip(path)
         with warnings.catch_warnings():
@@ -135,12 +137,14 @@ def _read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if execute:
+            return _execute(path)
         # torch wraps the reason into a screenful of advice, part of which is to turn the protection off.
         reason = re.search(r"Unsupported [^\n]*?(?= was not an allowed|\n|$)", str(error))
         got = reason[0] if reason else one_line(error)
         raise ConfigError(
             f"{path}: weights must be a state dict of tensors alone, got a pickle that needs more ({got}); "
-            "save model.state_dict() in place of the model"
+            "save model.state_dict() in place of the model, or let its code run with --execute-weights if you trust the file"
         ) from error
     except ConfigError:
         raise
@@ -148,12 +152,27 @@ def _read_pickle(path: Path) -> Any:
         raise ConfigError(f"{path}: must be a whole PyTorch file, got {one_line(error)}; fetch it again") from error
 
 
+def _execute(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        # Not our code: it may raise anything.
+        raise ModelError(
+            f"{path}: its code must run, got {one_line(error)}; classes are found beside the network's Python file, "
+            "under the module names that they were saved with"
+        ) from error
+
+
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         for wrapper in _WRAPPERS:
-            if isinstance(content.get(wrapper), dict):
+            if isinstance(content.get(wrapper), dict | nn.Module):
                 content = content[wrapper]
                 break
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: weights must be a state dict, got a {type(content).__name__}; save model.state_dict()")
     for key, value in content.items():

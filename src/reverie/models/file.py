@@ -1,7 +1,7 @@
 """`path/to/file.py:FACTORY`: a network that the caller's own Python file makes, with weights from a file.
 
 `FACTORY` is anything in the file that can be called without arguments and gives an `nn.Module`: a function, or the class
-itself. The file is ordinary Python and is run, so it must be trusted; the weights are only read (`_weights.py`).
+itself. The file is ordinary Python and is run, so it must be trusted; the weights are only read unless `execute_weights` (`_weights.py`).
 
 The file may import its neighbours. Afterwards its folder is not on `sys.path` and its neighbours are not in `sys.modules`,
 so a second file may have neighbours of the same names; imports that only happen inside `forward` will not find them.
@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def load(
     std: tuple[float, ...],
     classes: int,
     weights: str | Path | None = None,
+    execute_weights: bool = False,
     resize: int | None = None,
     interpolation: Interpolation = "bilinear",
 ) -> Network:
@@ -42,6 +43,8 @@ def load(
         mean, std: Per channel, of pixels in 0..1. Their number is the number of channels.
         classes: Number of classes.
         weights: A .safetensors, .pt or .pth file with a state dict; None if the factory's network is trained already.
+        execute_weights: Run the code that a pickled weights file holds, with all rights of this process; its classes are found beside the
+            Python file. For files alone that one would also run as a program.
         resize: Shorter side of an image file before the centre crop; None means no margin.
         interpolation: How an image file is resized.
 
@@ -59,7 +62,12 @@ def load(
         contract = InputContract(
             channels=len(mean), height=height, width=width, mean=mean, std=std, resize=resize, interpolation=interpolation
         )
-        state = None if weights is None else _weights.read(Path(weights))
+        if execute_weights and weights is None:
+            raise ConfigError(
+                "weights must be given with execute_weights, got none; leave it out, or name the file that it is for"
+            )
+        with _neighbours(path.parent) if execute_weights else nullcontext():
+            state = None if weights is None else _weights.read(Path(weights), execute=execute_weights)
         module = _make(path, factory).eval()
         if state is not None:
             with at(str(weights)):

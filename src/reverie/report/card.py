@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from reverie import flags
 from reverie.models import Network
 from reverie.plugins import name_of
 from reverie.recipe import Recipe
@@ -177,9 +178,8 @@ def _limits(metrics: dict[str, Any]) -> list[str]:
 def _command(name: str, options: Mapping[str, Any], record: dict[str, Any]) -> str:
     """The command as a block of code, whatever is in it."""
     words = ["reverie", "quantize", name]
-    for key, value in options.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-        words += [f"--{key.replace('_', '-')}", PurePath(text).name if key == "weights" else text]
+    # Of a file, the name alone: whose folders they are is nobody's business.
+    words += flags.words({key: PurePath(value).name if key == "weights" else value for key, value in options.items()})
     words += ["--recipe", "recipe.toml", "--output", "again"]
     given = {"calibration": "--calibration", "evaluation": "--evaluate", "unlabelled": "--unlabelled", "capsule": "--capsule"}
     for kind, flag in given.items():

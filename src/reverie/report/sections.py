@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from reverie import flags
 from reverie.report import charts, outcome
 from reverie.report.separation import REAL
 
@@ -272,8 +273,7 @@ def commands(record: dict[str, Any]) -> list[tuple[str, str]]:
     facts, identity = record["facts"], record.get("identity", {})
     made = "synthesize" if identity.get("only") == "images" else "quantize"
     words = ["reverie", made, str(facts.get("network", "NETWORK")), "--recipe", "RUN/recipe.toml"]
-    for key, value in facts.get("options", {}).items():
-        words += [f"--{key.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+    words += flags.words(facts.get("options", {}))
     words += ["--device", str(facts["device"])] if facts["device"] != "cpu" else []
     for option, key in (
         ("--calibration", "calibration"),
