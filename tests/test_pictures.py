@@ -139,6 +139,19 @@ def on_terminal(width=80, **options):
     return bars, clock, kept
 
 
+def rows(bars, width=80):
+    """The lines that are drawn now, without colours."""
+    sheet = Console(file=io.StringIO(), width=width, force_terminal=True)
+    with sheet.capture() as captured:
+        sheet.print(bars._rows())
+    return [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in captured.get().splitlines()]
+
+
+def plain(kept):
+    """The lines that were written, without what moves the cursor."""
+    return [re.sub(r"\r|\x1b\[[\d;?]*[A-Za-z]", "", line) for line in kept.getvalue().split("\n")]
+
+
 def test_strips_come_seldom_and_cost_a_hundredth_of_the_time_at_most(monkeypatch, pictures):
     bars, clock, kept = on_terminal()
 
@@ -178,15 +191,37 @@ def test_stage_and_whole_fit_into_a_line_each(width):
     bars.advance(9, note="loss 1.23e-05")
     # What a step does not say stays.
     bars.advance(0)
-    sheet = Console(file=io.StringIO(), width=width, force_terminal=True)
-    with sheet.capture() as captured:
-        sheet.print(bars._rows())
+    lines = rows(bars, width)
     bars.finish()
-    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in captured.get().splitlines()]
     assert [line.split()[0] for line in lines] == ["synthesize", "all"]
     assert all(len(line) <= width for line in lines)
     assert lines[0].endswith("90% 13 min 40 s left, loss 1.23e-05")
     assert lines[1].endswith("45% 2 h 30 min left, stage 1 of 2")
+
+
+def test_of_a_single_step_no_share_is_claimed():
+    bars, _, kept = on_terminal()
+    with bars.stage("export", 1) as step:
+        assert rows(bars)[0].split() == ["export", "━" * 20]
+        step()
+    with pytest.raises(KeyError), bars.stage("verify", 1):
+        raise KeyError
+    written = plain(kept)
+    assert "export            in 0.0 s" in written and "verify            stopped, in 0.0 s" in written
+
+
+def test_the_bar_of_the_whole_never_goes_back():
+    bars, clock, _ = on_terminal()
+    bars.plan({"a": 1.0, "b": 1.0})
+    with bars.stage("a", 2) as step:
+        clock.now += 10
+        step(2)
+    with bars.stage("b", 10) as step:
+        assert " 50% 10 s left" in rows(bars)[1]
+        clock.now += 20
+        step()
+        # It takes ten times as long as was thought.
+        assert " 50% 3 min 0 s left" in rows(bars)[1]
 
 
 def test_a_stage_that_is_over_leaves_one_line(pictures):
@@ -197,7 +232,7 @@ def test_a_stage_that_is_over_leaves_one_line(pictures):
     with pytest.raises(KeyError), bars.stage("round", 4) as step:
         step(1)
         raise KeyError
-    lines = [re.sub(r"\r|\x1b\[[\d;?]*[A-Za-z]", "", line) for line in kept.getvalue().split("\n")]
+    lines = plain(kept)
     assert [line for line in lines if " in " in line] == [
         "synthesize        4 steps, in 3.0 s, loss 0.4",
         "round             stopped at 1 of 4 steps, in 0.0 s",

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from reverie.progress import JsonLines, Lines, Progress, Silent, choose, duration_text
+from reverie.progress import JsonLines, Lines, Progress, Renamed, Silent, choose, duration_text
 from reverie.progress._bars import Bars
 
 
@@ -191,6 +191,14 @@ def test_bars_show_stage_and_outcome_on_standard_error(capsys, clock):
         "synthesize        2 steps, in 1 min 1 s, loss 0.4",
         "quantize          2 steps, in 1 min 1 s, loss 0.4",
     ]
+
+
+def test_a_stage_has_the_name_of_what_it_is_for(clock, stream):
+    shown = Renamed(Lines(stream, clock), {"synthesize": "held-out images"})
+    for name in ("synthesize", "refine"):
+        with shown.stage(name, 1) as step:
+            step()
+    assert [line.partition(":")[0] for line in stream.getvalue().splitlines()] == ["held-out images"] * 2 + ["refine"] * 2
 
 
 @pytest.mark.parametrize("total", [0, 3])

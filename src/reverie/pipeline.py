@@ -26,7 +26,7 @@ from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.images import Images
 from reverie.images.store import load_images, save_images, show_images
 from reverie.models import Network
-from reverie.progress import Progress, Silent
+from reverie.progress import Progress, Renamed, Silent
 from reverie.randomness import Seed
 from reverie.recipe import Recipe
 from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
@@ -43,6 +43,7 @@ from reverie.report.render import render
 from reverie.request import check
 from reverie.runs import RunDirectory, default_output
 from reverie.stages import (
+    TITLES,
     answered,
     as_teacher,
     check_bits,
@@ -170,7 +171,9 @@ def run(
             write_packed(quantized, packed, facts=facts)
             unproven = None if recipe.export is None else directory.checkpoint(recipe.export.filename)
             if recipe.export is not None and unproven is not None:
-                recipe.export(quantized, network.input.shape, unproven, facts=facts)
+                with progress.stage("export", total=1) as step:
+                    recipe.export(quantized, network.input.shape, unproven, facts=facts)
+                    step()
         with timed(directory, "measure"):
             known = {"synthetic": held_out, "unlabelled": unlabelled, "evaluation": evaluation}
             seen = {name: part for name, part in known.items() if part is not None and len(part)}
@@ -192,9 +195,11 @@ def run(
             for part in () if unproven is None else reversed(runtimes.parts(unproven)):
                 part.replace(directory.path / part.name)
             made = {} if images is None else {method_name(recipe): images}
-            about = gallery.about(used | made, small, evaluation or calibration, directory.path)
-            about |= {"mosaics": {name: len(used[name]) for name in made}} if recipe.mosaic else {}
-            details.describe(directory.path, reference, quantized, seen)
+            with progress.stage("report", total=1) as step:
+                about = gallery.about(used | made, small, evaluation or calibration, directory.path)
+                about |= {"mosaics": {name: len(used[name]) for name in made}} if recipe.mosaic else {}
+                details.describe(directory.path, reference, quantized, seen)
+                step()
         metrics = {
             **_facts(network),
             "quantization": asdict(recipe.quantization),
@@ -354,8 +359,8 @@ def _images(
     file = directory.path / "images.safetensors" if name == "images" else directory.checkpoint(f"{name}.safetensors")
     if directory.done(name) and directory.sealed(file):
         return load_images(file)
-    began = time.perf_counter()
-    images = synthesize(recipe, teacher, count, name, checkpoints_of(directory), progress)
+    began, shown = time.perf_counter(), Renamed(progress, TITLES.get(name, {}))
+    images = synthesize(recipe, teacher, count, name, checkpoints_of(directory), shown)
     save_images(images, file)
     directory.finish(name, time.perf_counter() - began, file)
     return images

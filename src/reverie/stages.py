@@ -92,11 +92,27 @@ def synthesizes(recipe: Recipe) -> bool:
     return recipe.images > 0 or recipe.held_out > 0
 
 
+TITLES: dict[str, dict[str, str]] = {
+    "held-out": {"synthesize": "held-out images", "refine": "refine held-out"},
+    "estimate": {"synthesize": "estimate images"},
+}
+"""What progress calls the stages that make a set of images other than those to learn from."""
+
+
 def plan(recipe: Recipe, *, labelled: bool) -> dict[str, float]:
     """The stages that take time, with relative costs as seen on small networks."""
-    found = {"synthesize": 6.0} if synthesizes(recipe) or (recipe.estimate_images and not labelled) else {}
-    if synthesizes(recipe) and isinstance(recipe.synthesis, Streaming):
-        found["refine"] = 5.0
+    streams, found = isinstance(recipe.synthesis, Streaming), dict[str, float]()
+    # Held-out images have the network's own size.
+    whole = recipe.held_out / (recipe.images * recipe.image_scale**2) if recipe.images else float(recipe.held_out > 0)
+    for name, cost in (("images", float(recipe.images > 0)), ("held-out", whole)):
+        titles = TITLES.get(name, {})
+        # A generator is trained once, for both sets.
+        if cost and not (streams and found):
+            found[titles.get("synthesize", "synthesize")] = 6.0 if streams else 6.0 * cost
+        if cost and streams:
+            found[titles.get("refine", "refine")] = 5.0 * cost
+    if recipe.estimate_images and not labelled:
+        found[TITLES["estimate"]["synthesize"]] = 1.0
     found |= {"sensitivity": 0.5} if recipe.mixed_precision.chooses else {}
     found |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
     if recipe.distils_after("calibration"):
@@ -111,7 +127,11 @@ def plan(recipe: Recipe, *, labelled: bool) -> dict[str, float]:
         found["correct biases"] = 0.5
     if recipe.quantization.batch_norm_adaptation:
         found["adapt batch norms"] = 0.5
-    return found | {"evaluate": 2.0}
+    found |= {"export": 0.3} if recipe.export is not None else {}
+    found |= {"verify": 0.5} if recipe.export is not None else {}
+    found["evaluate"] = 2.0
+    found |= {"time": 0.3} if recipe.export is not None else {}
+    return found | {"report": 0.3}
 
 
 def method_name(recipe: Recipe) -> str:

@@ -22,6 +22,7 @@ from reverie.cli.methods import methods_of
 from reverie.export._metadata import content_hash
 from reverie.images.store import save_images
 from reverie.runs import default_output
+from reverie.stages import plan
 
 COMMANDS = [
     "benchmark", "capsule", "compare", "completion", "diagnose", "evaluate", "export", "images", "inspect", "methods", "push", "quantize",
@@ -105,7 +106,8 @@ def test_quantize_without_labels_shows_agreement_and_writes_json_alone_to_standa
     assert metrics["full_precision"]["top1"] is None
     assert metrics["agreement"]["synthetic"]["images"] == 4
     events = [json.loads(line) for line in captured.err.splitlines()]
-    assert {event.get("stage") for event in events} >= {"synthesize", "calibrate", "evaluate"}
+    planned = plan(recipe.read(str(tmp_path / "run" / "recipe.toml")), labelled=False)
+    assert [event["stage"] for event in events if event["event"] == "start"] == list(planned)
 
 
 @pytest.mark.slow

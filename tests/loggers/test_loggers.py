@@ -120,7 +120,7 @@ def test_tensorboard_reads_back_losses_figures_and_images_and_no_byte_is_changed
     command = [*COMMAND, "--set", "export.method=none"]
     assert main([*command, "--output", str(tmp_path / "logged"), "--log", "tensorboard"]) == 0
     events = reader.EventAccumulator(str(tmp_path / "logged" / "tensorboard")).Reload()
-    assert {"loss/synthesize", "loss/synthesize-2", "loss/round"} <= set(events.Tags()["scalars"])
+    assert {"loss/synthesize", "loss/held-out images", "loss/round"} <= set(events.Tags()["scalars"])
     curve = events.Scalars("loss/round")
     # Two iterations of each of 16 layers.
     assert [point.step for point in curve] == list(range(1, 33))

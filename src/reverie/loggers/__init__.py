@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import reverie.loggers
 from reverie import plugins
 from reverie.errors import ConfigError
-from reverie.progress import Pictures, Progress, loss_of
+from reverie.progress import Passing, Progress, loss_of
 
 # Of `metrics.json`, what is a figure of the result.
 _FIGURES = (
@@ -83,7 +83,7 @@ def load(name: str) -> Logger:
     return logger
 
 
-class Logged(Progress):
+class Logged(Passing):
     """Passes on to `shown` what it is told, and the losses to logs.
 
     Args:
@@ -92,24 +92,19 @@ class Logged(Progress):
     """
 
     def __init__(self, shown: Progress, used: Sequence[Logger], run: Path, name: str) -> None:
-        self._shown, self._used, self._run, self._name = shown, used, run, name
+        super().__init__(shown)
+        self._used, self._run, self._name = used, run, name
         self._logs: list[Log] | None = None
         self._times: dict[str, int] = {}
 
     def plan(self, stages: dict[str, float]) -> None:
         self._open()
-        self._shown.plan(stages)
-
-    def say(self, text: str) -> None:
-        self._shown.say(text)
-
-    def show(self, pictures: Pictures) -> None:
-        self._shown.show(pictures)
+        super().plan(stages)
 
     def start(self, stage: str, total: int, done: int = 0) -> None:
         times = self._times[stage] = self._times.get(stage, 0) + 1
         self._stage, self._done = f"loss/{stage}" if times == 1 else f"loss/{stage}-{times}", done
-        self._shown.start(stage, total, done)
+        super().start(stage, total, done)
 
     def advance(self, amount: int = 1, note: str = "", *, skipped: bool = False) -> None:
         self._done += amount
@@ -117,10 +112,7 @@ class Logged(Progress):
         if value is not None:
             for log in self._open():
                 log.loss(self._stage, self._done, value)
-        self._shown.advance(amount, note, skipped=skipped)
-
-    def finish(self) -> None:
-        self._shown.finish()
+        super().advance(amount, note, skipped=skipped)
 
     def result(self, metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
         """The run is complete.

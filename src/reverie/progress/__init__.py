@@ -112,6 +112,46 @@ class Silent(Progress):
         pass
 
 
+class Passing(Progress):
+    """Passes on to `shown` what it is told; those who listen add what they do with it."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+
+    def plan(self, stages: dict[str, float]) -> None:
+        self._shown.plan(stages)
+
+    def say(self, text: str) -> None:
+        self._shown.say(text)
+
+    def show(self, pictures: Pictures) -> None:
+        self._shown.show(pictures)
+
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        self._shown.start(stage, total, done)
+
+    def advance(self, amount: int = 1, note: str = "", *, skipped: bool = False) -> None:
+        self._shown.advance(amount, note, skipped=skipped)
+
+    def finish(self) -> None:
+        self._shown.finish()
+
+
+class Renamed(Passing):
+    """Gives stages other names, where the same code runs for another purpose.
+
+    Args:
+        names: The other name of a stage; stages that are not in it keep theirs.
+    """
+
+    def __init__(self, shown: Progress, names: Mapping[str, str]) -> None:
+        super().__init__(shown)
+        self._names = names
+
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        super().start(self._names.get(stage, stage), total, done)
+
+
 class Timed(Progress):
     """Keeps count and time; those who show something say how in `_show`, which gets `start`, `advance` or `finish`."""
 

@@ -26,6 +26,7 @@ class Bars(Timed):
         super().__init__(clock)
         # Of the last strip of images: when it came, and how long showing it took.
         self._strips, self._shown_at, self._showing = 0, float("-inf"), 0.0
+        self._share = 0.0
 
     def say(self, text: str) -> None:
         # Rich writes it above the bars that are being drawn.
@@ -70,8 +71,11 @@ class Bars(Timed):
         else:
             self._live.stop()
             whole = self.done >= self.total
-            steps = f"{self.total} steps" if whole else f"stopped at {self.done} of {self.total} steps"
-            parts = [steps, f"in {duration_text(self.seconds)}", *([self._loss] if self._loss else [])]
+            if self.total == 1:
+                steps = [] if whole else ["stopped"]
+            else:
+                steps = [f"{self.total} steps" if whole else f"stopped at {self.done} of {self.total} steps"]
+            parts = [*steps, f"in {duration_text(self.seconds)}", *([self._loss] if self._loss else [])]
             self._screen.print(f"{self.name:<17} {', '.join(parts)}", style="green" if whole else "red", highlight=False)
 
     def _rows(self) -> "RenderableType":
@@ -87,11 +91,14 @@ class Bars(Timed):
         left = self.seconds_left
         told = [] if left is None else [f"{duration_text(left)} left"]
         told += [self._loss] if self._loss else []
-        table.add_row(self.name, ProgressBar(total=1, completed=self.fraction), f"{self.fraction:.0%}", ", ".join(told))
+        # Of a single step nobody knows how much is done.
+        bar = ProgressBar(total=1, completed=self.fraction, pulse=self.total == 1)
+        table.add_row(self.name, bar, f"{self.fraction:.0%}" if self.total > 1 else "", ", ".join(told))
         overall = self.seconds_left_overall
         if overall is not None:
             so_far = self.seconds_overall
-            share = so_far / max(so_far + overall, 1e-9)
+            # What is left may turn out to be more than was thought; what is done stays done.
+            share = self._share = max(self._share, so_far / max(so_far + overall, 1e-9))
             number = f"stage {list(self.plan_of_stages).index(self.name) + 1} of {len(self.plan_of_stages)}"
             told = [f"{duration_text(overall)} left", number]
             table.add_row("all stages", ProgressBar(total=1, completed=share), f"{share:.0%}", ", ".join(told), style="dim")

@@ -12,7 +12,7 @@ from typing import Any
 from reverie import received
 from reverie.errors import ConfigError
 from reverie.files import atomic_json
-from reverie.progress import Pictures, Progress, loss_of
+from reverie.progress import Passing, Progress, loss_of
 
 # Of a curve, and seconds between two writings of them.
 _POINTS = 200
@@ -20,7 +20,7 @@ _SECONDS = 5.0
 _STAGES = frozenset({"synthesize", "refine", "excite", "round", "distil"})
 
 
-class Recorder(Progress):
+class Recorder(Passing):
     """Passes on to `shown` what it is told, and keeps the losses.
 
     Args:
@@ -29,32 +29,24 @@ class Recorder(Progress):
     """
 
     def __init__(self, file: Path, shown: Progress, clock: Callable[[], float] = time.monotonic) -> None:
-        self._file, self._shown, self._clock = file, shown, clock
+        super().__init__(shown)
+        self._file, self._clock = file, clock
         self._curves: dict[str, Any] = read(file)
         self._written = clock()
 
-    def plan(self, stages: dict[str, float]) -> None:
-        self._shown.plan(stages)
-
-    def say(self, text: str) -> None:
-        self._shown.say(text)
-
-    def show(self, pictures: Pictures) -> None:
-        self._shown.show(pictures)
-
     def start(self, stage: str, total: int, done: int = 0) -> None:
         self._stage, self._done, self._every = stage, done, max(1, -(-total // _POINTS))
-        self._shown.start(stage, total, done)
+        super().start(stage, total, done)
 
     def advance(self, amount: int = 1, note: str = "", *, skipped: bool = False) -> None:
         loss = None if skipped or self._stage not in _STAGES else loss_of(note)
         if loss is not None:
             self._keep(self._done, loss)
         self._done += amount
-        self._shown.advance(amount, note, skipped=skipped)
+        super().advance(amount, note, skipped=skipped)
 
     def finish(self) -> None:
-        self._shown.finish()
+        super().finish()
         if self._stage in self._curves:
             self._write()
 

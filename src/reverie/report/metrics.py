@@ -76,11 +76,13 @@ def collect(
         own = runtimes.load(exporter.runtime)
         session = own.open(exported, threads=threads)
         probes = torch.cat([part.inputs[: max(1, _PARITY_IMAGES // len(sets))] for part in sets.values()])
-        parity, found["certificate"] = certify(
-            quantized, exported, probes, exporter.runtime, checkpoint=packed, threads=threads
-        )
-        if exporter.device is None:
-            verify.assert_integer(exported, quantized, runtime=own)
+        with progress.stage("verify", total=1) as step:
+            parity, found["certificate"] = certify(
+                quantized, exported, probes, exporter.runtime, checkpoint=packed, threads=threads
+            )
+            if exporter.device is None:
+                verify.assert_integer(exported, quantized, runtime=own)
+            step()
         found["parity"] = asdict(parity)
     models: dict[str, Callable[[Tensor], Tensor]] = {
         "full_precision": partial(predict, teacher),
@@ -111,9 +113,11 @@ def collect(
         # It imports what the extra `onnx` brings.
         from reverie.export._onnx import export_float
 
-        export_float(reference, shape, float_file)
+        with progress.stage("time", total=1) as step:
+            export_float(reference, shape, float_file)
+            times = latency({"fp32": reads.open(float_file, threads=threads), "quantized": session}, shape)
+            step()
         found["bytes"] |= sizes({"fp32": float_file, "packed": exported})
-        times = latency({"fp32": reads.open(float_file, threads=threads), "quantized": session}, shape)
         found["latency_ms"] = {name: value.median for name, value in times.items()} | {
             "ratio": times["fp32"].median / times["quantized"].median,
             "quartiles": {name: [value.lower_quartile, value.upper_quartile] for name, value in times.items()},
