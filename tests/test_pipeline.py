@@ -1,5 +1,6 @@
 """The whole way, on the tiny network: what a run leaves behind, and that it can be killed and repeated."""
 
+import io
 import json
 import time
 import tomllib
@@ -19,7 +20,7 @@ from reverie.export._packed import restore
 from reverie.images.store import load_images
 from reverie.models import InputContract, Network
 from reverie.pipeline import run
-from reverie.progress import Silent
+from reverie.progress import Lines, Silent
 from reverie.recipe import from_tables, presets, read, tables, to_toml
 from reverie.stages import as_teacher, student_of
 
@@ -130,8 +131,10 @@ def test_another_number_of_threads_is_worth_the_same(tiny_cnn, tmp_path):
 def test_a_complete_run_is_not_repeated(tiny_cnn, quick, tmp_path):
     first = run(quick, tiny_cnn(), output=tmp_path / "run")
     began = time.perf_counter()
-    again = run(quick, tiny_cnn(), output=tmp_path / "run")
+    told = io.StringIO()
+    again = run(quick, tiny_cnn(), output=tmp_path / "run", progress=Lines(told))
     assert again.metrics == json.loads(json.dumps(first.metrics))
+    assert told.getvalue() == f"{tmp_path / 'run'}: complete already, nothing was done; its figures are those of then\n"
     assert time.perf_counter() - began < 1
 
 

@@ -132,6 +132,7 @@ def run(
     asked["facts"] = {} if choice is None else {"choice": asdict(choice)}
     with working_in(folder, recipe, network, device, sets, capsule, minutes, **asked) as directory:
         if directory.is_complete:
+            progress.say(f"{directory.path}: complete already, nothing was done; its figures are those of then")
             return Run(directory.path, finished(directory))
         progress.plan(plan(recipe, labelled=labelled))
         recorded = losses.Recorder(directory.checkpoint("losses.json"), progress)
@@ -245,6 +246,7 @@ def run_synthesis(
     asked: dict[str, Any] = {"request": request, "accept_changes": accept_changes, "facts": {}}
     with working_in(Path(output), recipe, network, device, {"calibration": calibration}, capsule, only, **asked) as directory:
         if directory.is_complete:
+            progress.say(f"{directory.path}: complete already, nothing was done; its figures are those of then")
             return Run(directory.path, finished(directory))
         with timed(directory, "capture"), free_if_refused(directory):
             teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)

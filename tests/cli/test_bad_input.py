@@ -338,6 +338,14 @@ def test_an_unknown_export_target_is_refused(capsys, finished):
         ),
         (["methods", "--wibble"], "unknown option '--wibble' of methods; `reverie methods --help` lists them"),
         (
+            ["inspect", "nets.py:net", "--mean", "0.5", "0.5", "0.5"],
+            "inspect: got more words than it takes, '0.5', '0.5'; numbers of one option are one word, such as --mean 0.485,0.456,0.406",
+        ),
+        (
+            ["inspect", "nets.py:net", "more.py:net"],
+            "inspect: got more words than it takes, 'more.py:net'; `reverie inspect --help` lists what it takes",
+        ),
+        (
             ["--jsno", "methods"],
             "unknown option '--jsno'; `reverie --help` lists them, and options of a command stand behind it",
         ),
