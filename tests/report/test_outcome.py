@@ -101,7 +101,7 @@ def test_the_notes_are_a_line_each(labelled):
         "same class on 99.00 % of 64 images",
         "images: 66 (64 zeroq, 2 real), 33 22 11 of each class, batch-norm distance 0.02, class coverage 0.9, entropy 0.01, "
         "feature similarity 0.415",
-        "seconds: capture 1.0, synthesize 9.0, total 10.0; peak memory 650.0 MB",
+        "seconds: capture 1.0, synthesize 9.0, total 10.0; peak memory 0.6 GiB",
     ]
 
 

@@ -211,7 +211,7 @@ def test_the_page_says_which_real_images_were_read(labelled, tmp_path):
 
 def test_the_page_says_what_was_measured(labelled, tmp_path):
     _, parsed = page(labelled, tmp_path)
-    for words in ("93.50", "-1.50 (-3.00 to +0.00)", "6.0 x", "0.1", "25 %", "650.0 MB", "1.31.1", "<w>.pt"):
+    for words in ("93.50", "-1.50 (-3.00 to +0.00)", "6.0 x", "0.1", "25 %", "0.6 GiB", "1.31.1", "<w>.pt"):
         assert words in parsed.text
     assert to_toml(read("adaround")).strip() in parsed.text
 

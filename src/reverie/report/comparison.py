@@ -12,7 +12,7 @@ from typing import Any
 
 from reverie.errors import ConfigError
 from reverie.progress import duration_text
-from reverie.report.outcome import NONE, percent, size_text
+from reverie.report.outcome import NONE, memory_text, percent, size_text
 from reverie.report.overview import Overview
 
 MARK = "*"
@@ -144,7 +144,7 @@ def _columns(runs: Sequence[Overview], *, one_network: bool) -> tuple[Column, ..
         _column(
             runs,
             "memory",
-            lambda run: NONE if run.memory_bytes is None else size_text(run.memory_bytes),
+            lambda run: NONE if run.memory_bytes is None else memory_text(run.memory_bytes),
             lambda run: run.memory_bytes,
             None,
         ),

@@ -95,7 +95,7 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         lines.append(f"bits: {mixed_precision_text(metrics['mixed_precision'])}")
     if metrics["estimate"] is not None:
         lines.append(f"estimated drop: {estimate_text(metrics['estimate'])}")
-    lines.append(f"seconds: {seconds_text(metrics['seconds'])}; peak memory {size_text(metrics['peak_memory_bytes'])}")
+    lines.append(f"seconds: {seconds_text(metrics['seconds'])}; peak memory {memory_text(metrics['peak_memory_bytes'])}")
     return lines
 
 
@@ -192,6 +192,11 @@ def size_text(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} bytes"
+
+
+def memory_text(size: int) -> str:
+    """Such as `0.6 GiB`, the unit of `--memory-limit`."""
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _unlabelled(estimate: dict[str, Any] | None) -> str:

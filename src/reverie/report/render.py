@@ -80,7 +80,7 @@ def render(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], path
         curves=sections.curves(more.get("losses", {})),
         stages=_stages(metrics["seconds"]),
         total=duration_text(sum(metrics["seconds"].values())),
-        memory=outcome.size_text(metrics["peak_memory_bytes"]),
+        memory=outcome.memory_text(metrics["peak_memory_bytes"]),
         recipe=to_toml(recipe),
         facts=_facts(metrics, recipe, record),
         commands=sections.commands(record),
