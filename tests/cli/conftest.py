@@ -53,3 +53,22 @@ def weights(tmp_path) -> Path:
     path = tmp_path / "weights.safetensors"
     save_file({key: torch.rand(shape, generator=generator) for key, shape in shapes.items()}, path)
     return path
+
+
+def said(capsys, *arguments):
+    """What a command that succeeds writes to standard output."""
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The message of a command that ends with status 1, and says nothing else."""
+    assert main([str(argument) for argument in arguments]) == 1
+    return message(capsys)
+
+
+def message(capsys):
+    """The one line on standard error."""
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    return captured.err.removeprefix("reverie: ").rstrip("\n")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.cli.conftest import SHAPE, TINY
+from tests.cli.conftest import SHAPE, TINY, message, refused
 from tests.cli.test_commands import COMMANDS
 
 from reverie.cli import main
@@ -21,19 +21,6 @@ from reverie.runs import RunDirectory, write_record
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def refused(capsys, *arguments):
-    """The message of a command that ends with status 1."""
-    assert main([str(argument) for argument in arguments]) == 1
-    return message(capsys)
-
-
-def message(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err.removeprefix("reverie: ").rstrip("\n")
 
 
 @pytest.mark.parametrize(

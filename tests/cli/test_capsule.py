@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.cli.conftest import SHAPE
+from tests.cli.conftest import SHAPE, refused, said
 
 from reverie.cli import main
 from reverie.export._metadata import content_hash
@@ -48,20 +48,8 @@ def folder(digits, tmp_path):
     return tmp_path / "one-each"
 
 
-def said(capsys, *arguments):
-    assert main(["capsule", *map(str, arguments)]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *arguments):
-    assert main(["capsule", *map(str, arguments)]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    return captured.err.removeprefix("reverie: ").rstrip("\n")
-
-
 def test_a_folder_becomes_a_capsule(capsys, folder, teacher, tmp_path):
-    shown = said(capsys, "embedded:digits", "--calibration", folder, "--output", "centres.safetensors").splitlines()
+    shown = said(capsys, "capsule", "embedded:digits", "--calibration", folder, "--output", "centres.safetensors").splitlines()
     size = sum(file.stat().st_size for file in folder.rglob("*.png"))
     stored = (tmp_path / "centres.safetensors").stat().st_size
     assert shown == [
@@ -80,7 +68,7 @@ def test_a_set_of_arrays_becomes_the_capsule_of_its_images_and_an_older_one_is_r
     few = Images(inputs=digits.inputs[:80], labels=digits.labels[:80])
     save_images(few, tmp_path / "few.safetensors")
     command = ["embedded:digits", "--calibration", "few.safetensors", "--output", "centres.safetensors", "--json"]
-    told = json.loads(said(capsys, *command))
+    told = json.loads(said(capsys, "capsule", *command))
     expected = capsule_of(teacher, few)
     assert told == {
         "network": "embedded:digits",
@@ -105,7 +93,16 @@ def test_a_set_of_arrays_becomes_the_capsule_of_its_images_and_an_older_one_is_r
 def test_the_next_command_repeats_what_the_network_needs(capsys, nets, weights, tmp_path):
     np.savez(tmp_path / "set.npz", images=np.zeros((3, 8, 8, 1), np.uint8), labels=np.arange(3))
     shown = said(
-        capsys, f"{nets}:normal", *SHAPE, "--weights", weights, "--calibration", "set.npz", "--output", "c.safetensors"
+        capsys,
+        "capsule",
+        f"{nets}:normal",
+        *SHAPE,
+        "--weights",
+        weights,
+        "--calibration",
+        "set.npz",
+        "--output",
+        "c.safetensors",
     )
     assert shown.splitlines()[-1] == (
         f"next: reverie quantize {nets}:normal --weights {weights} --input-size 8 --mean 0.5 --std 0.25 --classes 3 "
@@ -129,7 +126,7 @@ def test_at_most_ten_classes_are_listed(classes, expected):
 def test_a_folder_without_labels_is_refused(capsys, tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("L", (32, 32)).save(tmp_path / "pictures" / "a.png")
-    assert refused(capsys, "embedded:digits", "--calibration", "pictures", "--output", "c.safetensors") == (
+    assert refused(capsys, "capsule", "embedded:digits", "--calibration", "pictures", "--output", "c.safetensors") == (
         "--calibration: pictures: must have labels 0 to 9, got none; add a labels.csv with columns 'file' and 'label', "
         "or put the images of each class into a folder named by its number"
     )
@@ -152,7 +149,7 @@ def test_a_wrong_output_is_refused_and_left_alone_before_anything_else(capsys, m
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("precious")
     monkeypatch.setattr("reverie.models.load", lambda *_, **__: pytest.fail("the network was loaded"))
-    assert refused(capsys, "embedded:digits", "--calibration", "pictures", "--output", output) == expected
+    assert refused(capsys, "capsule", "embedded:digits", "--calibration", "pictures", "--output", output) == expected
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "precious"
 
 
@@ -174,12 +171,12 @@ def test_a_wrong_output_is_refused_and_left_alone_before_anything_else(capsys, m
     ],
 )
 def test_a_wrong_request_is_refused(capsys, tmp_path, arguments, expected):
-    assert refused(capsys, *arguments, "--output", "c.safetensors") == expected
+    assert refused(capsys, "capsule", *arguments, "--output", "c.safetensors") == expected
     assert list(tmp_path.iterdir()) == []
 
 
 def test_its_help_has_an_example(capsys):
-    assert "Example: reverie capsule embedded:digits --calibration" in said(capsys, "--help")
+    assert "Example: reverie capsule embedded:digits --calibration" in said(capsys, "capsule", "--help")
 
 
 @pytest.fixture

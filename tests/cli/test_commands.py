@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests.cli.conftest import SHAPE, TINY
+from tests.cli.conftest import SHAPE, TINY, said
 
 import reverie
 from reverie import plugins, recipe
@@ -28,12 +28,6 @@ COMMANDS = [
     "benchmark", "capsule", "compare", "completion", "diagnose", "evaluate", "export", "images", "inspect", "methods", "push", "quantize",
     "recipe", "resume", "runs", "synthesize", "verify",
 ]  # fmt: skip
-
-
-def said(capsys, *arguments):
-    """What a command that succeeds writes to standard output."""
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
 
 
 def test_quantize_writes_the_files_of_a_run(finished):

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli.conftest import SHAPE, TINY
+from tests.cli.conftest import SHAPE, TINY, refused, said
 
 from reverie import recipe
-from reverie.cli import main
 from reverie.images.store import save_images
 
 FEW = ["--set", "images=8", "--set", "synthesis.steps=3"]
@@ -18,18 +17,6 @@ FEW = ["--set", "images=8", "--set", "synthesis.steps=3"]
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def said(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    return captured.err.removeprefix("reverie: ").rstrip("\n")
 
 
 def test_a_run_is_diagnosed_on_its_own_images(capsys, finished):

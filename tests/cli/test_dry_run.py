@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tests.cli.conftest import SHAPE, TINY
+from tests.cli.conftest import SHAPE, TINY, said
 
 from reverie.cli import main
 
@@ -13,11 +13,6 @@ from reverie.cli import main
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def said(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
 
 
 def refused(capsys, *arguments):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tests.cli.test_bad_input import refused
+from tests.cli.conftest import refused
 from tests.models.test_weights import Touch
 
 from reverie.recipe import read, tables

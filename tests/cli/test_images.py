@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli.conftest import TINY
-from tests.cli.test_bad_input import refused
-from tests.cli.test_commands import said
+from tests.cli.conftest import TINY, refused, said
 
 from reverie import formats, plugins
 from reverie.runs import RunDirectory

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from tests.cli import conftest
+from tests.cli.conftest import refused
 from tests.report.test_overview import STAGES, made
 
-from reverie.cli import _output, main
+from reverie.cli import _output
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +24,8 @@ def three(tmp_path):
 
 
 def said(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out.splitlines()
-
-
-def refused(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err.removeprefix("reverie: ").rstrip("\n")
+    """Line by line."""
+    return conftest.said(capsys, *arguments).splitlines()
 
 
 def test_runs_are_listed_with_their_figures_and_the_next_command(capsys, three):
