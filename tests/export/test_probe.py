@@ -84,6 +84,22 @@ def test_a_tensor_that_disturbs_alone_is_unseen_and_the_others_are_compared(writ
     assert parity.per_tensor.keys() == set(names) - {hidden}
 
 
+def test_suspects_are_asked_one_by_one_and_the_rest_is_not_halved_for_their_sake(written, images, names):
+    _, path = written(8, 8, 8)
+    asked, hidden = [], frozenset(names[1::3])
+
+    class Counting(Shy):
+        def probe(self, path, names, *, threads=1):
+            asked.append(list(names))
+            return super().probe(path, names, threads=threads)
+
+    found = undisturbed(Counting(hides=hidden), path, names, images[:4].numpy(), suspects={*hidden, names[0]})
+    assert asked[0] == names and asked[1] == [name for name in names if name not in {*hidden, names[0]}]
+    assert [set(one) for one in asked[2:]] == [{name} for name in names if name in {*hidden, names[0]}]
+    assert found.unseen == hidden and found.unrounded == frozenset()
+    assert found(images[:4].numpy())[1].keys() == set(names) - hidden
+
+
 def test_a_runtime_that_shows_nothing_without_computing_otherwise_is_refused(written, images, names):
     network, path = written(8, 8, 8)
     with pytest.raises(ExportError) as caught:

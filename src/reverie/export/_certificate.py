@@ -24,7 +24,6 @@ from reverie import received, runtimes
 from reverie.errors import ConfigError, ExportError
 from reverie.export import _verify as verify
 from reverie.export._metadata import add_facts, content_hash, read_facts
-from reverie.export._probe import undisturbed
 from reverie.export._reference import Answer, Reference
 from reverie.files import file_hash
 from reverie.graph.quantized import QuantizedNetwork
@@ -120,7 +119,7 @@ def oppose(
     """
     seen = images[: len(answer.logits)].cpu()
     # In the batches that were found to be undisturbed: in others a runtime may choose other kernels.
-    probe = undisturbed(runtime, path, list(quantized.activations), seen.numpy(), batch=_BATCH, threads=threads)
+    probe = verify.probes_of(quantized, path, seen, runtime=runtime, batch=_BATCH, threads=threads)
     worst = unequal = count = same = 0
     for start in range(0, len(seen), _BATCH):
         here = slice(start, start + _BATCH)

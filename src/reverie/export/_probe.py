@@ -3,10 +3,11 @@
 To read a code one asks for it as an output, and a runtime that gives it out cannot merge it away: where it would have, it runs
 other kernels and rounds elsewhere, and what was seen is not what users get. So all codes are asked for at once, and where that
 changes an answer by a single bit, each half of them is asked for alone, and so on. A tensor that changes the answer on its own is
-`unseen`: nobody can say which codes it has in the session that users get.
+`unseen`: nobody can say which codes it has in the session that users get. Mostly it is what a sum reads, which a runtime adds to in
+place; so those are asked for one by one, and the rest is not halved for their sake.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,14 @@ def undisturbed(
     names: Sequence[str],
     images: NDArray[np.float32],
     *,
+    suspects: Set[str] = frozenset(),
     batch: int = 64,
     threads: int = 1,
 ) -> Undisturbed:
     """Probes for the codes of the tensors `names`, as few as leave the answers for `images` as they are.
 
     Args:
+        suspects: Of the names, those that are likely to change the answer.
         images: All those that will be asked for: what changes one answer of a hundred would be seen too late.
         batch: Images at a time.
 
@@ -82,16 +85,29 @@ def undisturbed(
             "quantize with more bits, or compare on other images"
         )
 
-    def divided(asked: Sequence[str]) -> tuple[list[Probe], frozenset[str]]:
+    def found(asked: Sequence[str]) -> tuple[Probe, bool]:
         probe = runtime.probe(path, asked, threads=threads)
-        if all(np.array_equal(probe(part)[0], logits) for part, logits in zip(parts, expected, strict=True)):
+        return probe, all(np.array_equal(probe(part)[0], logits) for part, logits in zip(parts, expected, strict=True))
+
+    def divided(asked: Sequence[str]) -> tuple[list[Probe], frozenset[str]]:
+        if not asked:
+            return [], frozenset()
+        probe, same = found(asked)
+        if same:
             return [probe], frozenset()
         if len(asked) == 1:
             return [], frozenset(asked)
-        (left, hidden), (right, also) = divided(asked[: len(asked) // 2]), divided(asked[len(asked) // 2 :])
-        return [*left, *right], hidden | also
+        return joined(divided(asked[: len(asked) // 2]), divided(asked[len(asked) // 2 :]))
 
-    probes, unseen = divided(names)
+    def joined(*answers: tuple[list[Probe], frozenset[str]]) -> tuple[list[Probe], frozenset[str]]:
+        return [probe for some, _ in answers for probe in some], frozenset().union(*(hidden for _, hidden in answers))
+
+    whole, same = found(names)
+    if same:
+        return Undisturbed(session, (whole,), whole.unrounded, frozenset())
+    # Of what is not rounded no code is asked for, whoever asks.
+    apart = [[name] for name in names if name in suspects - whole.unrounded]
+    probes, unseen = joined(divided([name for name in names if [name] not in apart]), *map(divided, apart))
     if not probes:
         raise ExportError(
             f"{path}: reading codes must not change the logits, got other ones with each of the {len(names)} tensors; this version "

@@ -39,8 +39,9 @@ from torch import Tensor, fx
 
 from reverie import runtimes
 from reverie.errors import ExportError
-from reverie.export._probe import undisturbed
+from reverie.export._probe import Undisturbed, undisturbed
 from reverie.graph.integer import End, as_integers
+from reverie.graph.operators import SUMS
 from reverie.graph.quantized import QuantizedNetwork
 from reverie.graph.quantizers import ActivationQuantizer
 from reverie.grid import dequantize, quantize
@@ -137,6 +138,26 @@ def assert_integer(path: Path, quantized: QuantizedNetwork, *, runtime: Runtime 
         )
 
 
+def probes_of(
+    quantized: QuantizedNetwork, path: Path, images: Float[Tensor, "n *shape"], *, runtime: Runtime, batch: int, threads: int
+) -> Undisturbed:
+    """What reads the codes of the student's tensors in a file; arguments and errors as for `measure_parity`."""
+    calls = [
+        node
+        for node in quantized.graph.graph.nodes
+        if node.op == "call_module" and any(user.target in SUMS for user in node.users)
+    ]
+    return undisturbed(
+        runtime,
+        path,
+        list(quantized.activations),
+        images.cpu().numpy(),
+        suspects={str(call.target).rpartition(".")[2] for call in calls},
+        batch=batch,
+        threads=threads,
+    )
+
+
 def measure_parity(
     quantized: QuantizedNetwork,
     path: Path,
@@ -158,8 +179,7 @@ def measure_parity(
         ExportError: The file lacks a quantized tensor, or none can be read without changing what the runtime computes.
     """
     runtime = runtime or runtimes.load(_DEFAULT)
-    names = list(quantized.activations)
-    probe = undisturbed(runtime, path, names, images.cpu().numpy(), batch=batch, threads=threads)
+    probe = probes_of(quantized, path, images, runtime=runtime, batch=batch, threads=threads)
     worst: Counter[str] = Counter()
     differing: Counter[str] = Counter()
     values: Counter[str] = Counter()
@@ -198,8 +218,8 @@ def measure_parity(
         max_logit_difference=logit_difference,
         images=len(images),
         per_tensor={name: TensorParity(worst[name], differing[name] / max(1, values[name]), values[name]) for name in values},
-        unrounded=tuple(name for name in names if name in probe.unrounded),
-        unseen=tuple(name for name in names if name in probe.unseen),
+        unrounded=tuple(name for name in quantized.activations if name in probe.unrounded),
+        unseen=tuple(name for name in quantized.activations if name in probe.unseen),
     )
 
 
