@@ -4,11 +4,11 @@ With W the bytes of the weights, A the bytes that one image's forward pass compu
 these tensors, and n a stage's images at a time:
 
     always       the libraries, 6 W (the module, its graphs, exported files), every set of images once
-    synthesize   2 n A        what the backward pass reads, and its gradients; a generator adds 16 bytes a parameter
+    synthesize   1.4 n A      what the backward pass reads, and a few gradients; a generator adds its own layers
     calibrate    64 . 4 L     a walk through the network holds a few tensors at a time
     distil       3 n A + 16 W     fake quantization keeps twice as much, and Adam two moments
-    round        the tensors at the borders of units for all images, up to `reconstruction.cache_gib`, and 2 n A for a unit
-    measure      64 A / 2     codes of every tensor, bytes, and what the runtime holds beside them
+    round        4 L for every image, up to `reconstruction.cache_gib`: what one unit reads and answers, and 2 n A / 3 for a unit
+    measure      2 n A        codes of every tensor, and what is computed from them, of as many images as `export/_verify.py` takes
 
 The estimate is the largest of the stages; how far it is off was measured (docs/benchmarks.md). `cache_gib` is what a limit lowers by
 itself, since a cache on the disk gives the same bytes; what else would have to be lower changes the result, and is named.
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reverie.errors import ConfigError
+from reverie.export import _verify as verify
 from reverie.images import Images
 from reverie.recipe import Recipe
 from reverie.stages import synthesizes
@@ -32,7 +33,7 @@ from reverie.synthesis import Streaming, Teacher
 
 _GIB = 2**30
 # Python with torch, onnxruntime and what a report needs, with nothing loaded.
-_LIBRARIES = int(0.6 * _GIB)
+_LIBRARIES = int(0.7 * _GIB)
 _WALK = 64
 
 
@@ -98,13 +99,13 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
         recipe.held_out + recipe.estimate_images
     )
     read = sum(part.inputs.numel() * 4 for part in sets.values() if part is not None)
-    learned = min(recipe.calibration_images, recipe.images) + (
+    learned = min(recipe.calibration_images, recipe.learned_images) + (
         0 if sets.get("calibration") is None else min(recipe.calibration_images, len(sets["calibration"] or ()))
     )
     held = _LIBRARIES + 6 * weights + made + read + learned * image * small
     stages: dict[str, float] = {
         "calibrate": held + min(_WALK, learned) * 4 * largest * small,
-        "measure": held + _WALK * total / 2,
+        "measure": held + 2 * verify.together(network.input.shape) * total,
     }
     lower = dict.fromkeys(stages, "the number of real images (they are held as network inputs), or use a smaller network")
     own: Any = recipe.synthesis
@@ -116,7 +117,7 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
         if isinstance(own, Streaming) and synthesizes(recipe):
             # Its largest layers have `width` channels at the size of the image, several tensors of each.
             sizes, extra = [batch], batch * 8 * 4 * own.width * network.input.height * network.input.width  # type: ignore[attr-defined]
-        stages["synthesize"] = held + 2 * max(sizes) * total + extra
+        stages["synthesize"] = held + 1.4 * max(sizes) * total + extra
         lower["synthesize"] = f"synthesis.batch (now {batch}) with --set, or image_scale"
     if recipe.distillation.steps:
         size = batch if isinstance(own, Streaming) and recipe.distillation.synthetic != "kept" else recipe.distillation.batch
@@ -125,10 +126,8 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
     cache = 0.0
     if recipe.rounding.needs == "reconstruction":
         settings = recipe.reconstruction
-        # Outputs of layers are about a third of what is computed; student and teacher have them, and quantized units their inputs.
-        cache = min(
-            settings.cache_gib * _GIB, learned * total * small * (2 if settings.learned_ranges or settings.drop else 1) / 3
-        )
+        # What the student's unit reads, the teacher's, and what the teacher's answers; one more where a shortcut passes by.
+        cache = min(settings.cache_gib * _GIB, learned * 4 * largest * small)
         stages["round"] = held + cache + 2 * min(settings.batch, max(learned, 1)) * total * small / 3 + 20 * largest
         lower["round"] = (
             f"reconstruction.batch (now {settings.batch}) or calibration_images (now {recipe.calibration_images}) with --set"

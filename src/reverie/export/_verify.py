@@ -26,8 +26,9 @@ Not here: how a runtime is asked (`runtimes/`), accuracy on labelled images and 
 """
 
 import copy
+import math
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ from reverie.plugins import name_of
 from reverie.runtimes import Runtime, Session
 
 _DEFAULT = "onnxruntime"
+# Images that are compared together, and pixels: the codes of 16 images of 224 x 224, and what is computed from them, take a GiB.
+_BATCH, _PIXELS = 64, 16 * 224 * 224
 MAX_CODE_DIFFERENCE = 1
 # Rounding tips 0.007 % of a tensor's values at most (resnet20, MLPerf Tiny's resnet8); a bias that is three steps of the
 # accumulator off, 5 % at W4A4. Of fewer values than so many, a single one would be too large a share.
@@ -138,6 +141,11 @@ def assert_integer(path: Path, quantized: QuantizedNetwork, *, runtime: Runtime 
         )
 
 
+def together(shape: Sequence[int]) -> int:
+    """How many images of a shape (channels, height, width) are compared at a time."""
+    return max(1, min(_BATCH, _PIXELS // math.prod(shape[1:])))
+
+
 def probes_of(
     quantized: QuantizedNetwork, path: Path, images: Float[Tensor, "n *shape"], *, runtime: Runtime, batch: int, threads: int
 ) -> Undisturbed:
@@ -164,7 +172,7 @@ def measure_parity(
     images: Float[Tensor, "n *shape"],
     *,
     runtime: Runtime | None = None,
-    batch: int = 64,
+    batch: int | None = None,
     threads: int = 1,
 ) -> Parity:
     """Runs both on the images and compares every quantized tensor and the logits.
@@ -173,12 +181,13 @@ def measure_parity(
         path: A file written from `quantized`, one that `runtime` reads.
         images: In the network's own input units.
         runtime: Default: ONNX Runtime.
-        batch: Images at a time.
+        batch: Images at a time; None for as many as take a GiB.
 
     Raises:
         ExportError: The file lacks a quantized tensor, or none can be read without changing what the runtime computes.
     """
     runtime = runtime or runtimes.load(_DEFAULT)
+    batch = batch or together(images.shape[1:])
     probe = probes_of(quantized, path, images, runtime=runtime, batch=batch, threads=threads)
     worst: Counter[str] = Counter()
     differing: Counter[str] = Counter()

@@ -36,6 +36,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, fx
 from torch.nn import functional
 
+from reverie.allocator import give_back
 from reverie.checkpoints import Checkpoints, Unfinished
 from reverie.descent import Descent, under
 from reverie.errors import ConfigError, check_range
@@ -159,6 +160,8 @@ def round_weights(
                 for number, unit in enumerate(units):
                     # The last pass tells: before it, activations were in float.
                     errors[unit.name] = loop.unit(unit, checkpoints, f"{prefix}codes-{number}", step)
+                    # The next unit's tensors have other sizes.
+                    give_back()
     return errors
 
 
