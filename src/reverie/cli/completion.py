@@ -5,13 +5,21 @@ from typing import Literal
 from reverie.cli._output import say
 
 Shell = Literal["bash", "zsh", "fish"]
+# The library's script for zsh defines a function and calls it nowhere: as a file of $fpath it has to, and read by eval it has to be made known.
+_ZSH = """
+if [[ $funcstack[1] == _reverie ]]; then
+  _cyclopts_reverie "$@"
+else
+  compdef _cyclopts_reverie reverie
+fi
+"""
 
 
 def completion(shell: Shell, /) -> None:
     """Print the script with which a shell completes commands and options of reverie.
 
-    For bash, `eval "$(reverie completion bash)"` in ~/.bashrc; for zsh, write it to a file _reverie in a folder of $fpath; for fish, to
-    ~/.config/fish/completions/reverie.fish. It is for this version: print it again after an update.
+    For bash, `eval "$(reverie completion bash)"` in ~/.bashrc; for zsh, the same in ~/.zshrc behind compinit, or write it to a file _reverie in a
+    folder of $fpath; for fish, to ~/.config/fish/completions/reverie.fish. It is for this version: print it again after an update.
 
     Example: reverie completion bash
 
@@ -22,4 +30,5 @@ def completion(shell: Shell, /) -> None:
     """
     from reverie.cli import app
 
-    say(app.generate_completion(shell=shell).rstrip())
+    script = app.generate_completion(shell=shell).rstrip()
+    say(script + (_ZSH.rstrip() if shell == "zsh" else ""))
