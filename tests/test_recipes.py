@@ -20,6 +20,7 @@ from reverie.images import Images
 from reverie.images.store import load_images, save_images
 from reverie.models.embedded import digits_images, load
 from reverie.pipeline import run, run_synthesis
+from reverie.progress import Silent
 from reverie.recipe import presets, read
 from reverie.recovery.ranges import calibrate_activations
 from reverie.report import outcome
@@ -43,6 +44,19 @@ def quick(preset, more=None):
     if recipe.rounding.needs == "reconstruction":
         settings["reconstruction.iterations"] = 5
     return read(preset, settings | (more or {}))
+
+
+class Watched(Silent):
+    """Keeps the stages that were planned, and those that began."""
+
+    def __init__(self):
+        self.planned, self.begun = [], []
+
+    def plan(self, stages):
+        self.planned = list(stages)
+
+    def start(self, stage, total, done=0):
+        self.begun.append(stage)
 
 
 def chosen(images, labels):
@@ -92,15 +106,20 @@ def mixed(network, partial_set, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", presets())
 def test_a_preset_ends_with_a_file_that_onnx_runtime_computes_as_it_should(preset, network, real, tmp_path):
-    recipe = quick(preset)
+    recipe, watched = quick(preset), Watched()
     done = run(
         recipe,
         network,
         output=tmp_path / "run",
         calibration=real if recipe.synthesis.needs_capsule else None,
         evaluation=network.held_out(),
+        progress=watched,
     )
     metrics = done.metrics
+    assert watched.begun == watched.planned
+    learns = {"round"} if recipe.rounding.needs == "reconstruction" else set()
+    learns |= {"distil"} if recipe.distillation.steps else set()
+    assert learns <= json.loads((done.path / "details.json").read_text())["losses"].keys()
     assert done.onnx.is_file()
     assert metrics["parity"]["max_code_difference"] <= 1 and metrics["parity"]["top1_agreement"] == 1.0
     assert abs(metrics["exported"]["top1"] - metrics["quantized"]["top1"]) <= 1e-3
@@ -248,7 +267,9 @@ def test_a_share_of_one_teaches_with_real_images_alone(network, real, tmp_path):
 def test_distillation_goes_on_from_rounding(network, tmp_path):
     three = {"quantization.weight_bits": 3, "distillation.after": "rounding"}
     recipes = {steps: quick("gptq", three | {"distillation.steps": steps}) for steps in (0, 4)}
-    rounded, done = (run(recipe, network, output=tmp_path / str(steps)) for steps, recipe in recipes.items())
+    watched = Watched()
+    rounded, done = (run(recipe, network, output=tmp_path / str(steps), progress=watched) for steps, recipe in recipes.items())
+    assert watched.begun[-len(watched.planned) :] == watched.planned
     assert done.metrics["distillation"]["after"] == "rounding" and "distillation" not in rounded.metrics
     before, codes = (read_packed(part.path / "network.safetensors")[0] for part in (rounded, done))
     assert codes.keys() == before.keys() and any(not torch.equal(codes[name], before[name]) for name in codes)
@@ -431,7 +452,9 @@ def test_exciting_images_set_the_ranges(network, tmp_path):
     found = {}
     for count in (0, 6):
         recipe = quick("zeroq", ALONE | {"clipping.images": count, "clipping.steps": 20})
-        found[count] = scales(run(recipe, network, output=tmp_path / f"{count}").path)
+        watched = Watched()
+        found[count] = scales(run(recipe, network, output=tmp_path / f"{count}", progress=watched).path)
+        assert watched.begun == watched.planned
     # Images that the network is sure of reach further than those that match its statistics.
     last = list(found[0])[-1]
     assert found[6].keys() == found[0].keys() and found[6][last] > found[0][last]

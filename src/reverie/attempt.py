@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reverie import real_images
+from reverie import flags, real_images
 from reverie.allocator import give_back
 from reverie.budget import Schedule, fit
 from reverie.checkpoints import SECONDS, SHARE, Folder
@@ -76,13 +76,19 @@ def working_in(
                     atomic_json(directory.path / real_images.FILE, read)
             yield directory
     except KeyboardInterrupt as error:
-        how = "call the same function again" if request is None else f"go on with: reverie resume {shlex.quote(str(folder))}"
+        how = "call the same function again" if request is None else f"go on with: {_resuming(folder, network)}"
         raise Interrupted(getattr(error, "number", signal.SIGINT), f"stopped; {how}") from error
     except OSError as error:
         # What is not written by `files.py`, such as what an exporter writes where it will be proven.
         if not out_of_space(error):
             raise
-        raise ConfigError(f"{folder}: no space left; free some space and use `reverie resume {folder}`") from error
+        raise ConfigError(f"{folder}: no space left; free some space and use `{_resuming(folder, network)}`") from error
+
+
+def _resuming(folder: Path, network: Network) -> str:
+    """The command that goes on."""
+    again = {key: network.options[key] for key in ("weights", "execute_weights") if network.options.get("execute_weights")}
+    return shlex.join(["reverie", "resume", str(folder), *flags.words(again)])
 
 
 def checkpoints_of(directory: RunDirectory) -> Folder:

@@ -8,7 +8,8 @@ these tensors, and n a stage's images at a time:
     calibrate    64 . 4 L     a walk through the network holds a few tensors at a time
     distil       3 n A + 16 W     fake quantization keeps twice as much, and Adam two moments
     round        4 L for every image, up to `reconstruction.cache_gib`: what one unit reads and answers, and 2 n A / 3 for a unit
-    measure      2 n A        codes of every tensor, and what is computed from them, of as many images as `export/_verify.py` takes
+    measure      2 n A        codes of every tensor, and what is computed from them, of as many images as `export/_verify.py` takes;
+                              at least 64 . 4 L, a walk of so many
 
 The estimate is the largest of the stages; how far it is off was measured (docs/benchmarks.md). `cache_gib` is what a limit lowers by
 itself, since a cache on the disk gives the same bytes; what else would have to be lower changes the result, and is named.
@@ -28,6 +29,7 @@ from reverie.errors import ConfigError
 from reverie.export import _verify as verify
 from reverie.images import Images
 from reverie.recipe import Recipe
+from reverie.report.metrics import BATCH
 from reverie.stages import synthesizes
 from reverie.synthesis import Streaming, Teacher
 
@@ -105,7 +107,7 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
     held = _LIBRARIES + 6 * weights + made + read + learned * image * small
     stages: dict[str, float] = {
         "calibrate": held + min(_WALK, learned) * 4 * largest * small,
-        "measure": held + 2 * verify.together(network.input.shape) * total,
+        "measure": held + max(2 * verify.images_together(network.input.shape) * total, BATCH * 4 * largest),
     }
     lower = dict.fromkeys(stages, "the number of real images (they are held as network inputs), or use a smaller network")
     own: Any = recipe.synthesis
@@ -126,8 +128,10 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
     cache = 0.0
     if recipe.rounding.needs == "reconstruction":
         settings = recipe.reconstruction
-        # What the student's unit reads, the teacher's, and what the teacher's answers; one more where a shortcut passes by.
-        cache = min(settings.cache_gib * _GIB, learned * 4 * largest * small)
+        # What the student's unit reads, what the teacher's unit reads and answers, and a shortcut that passes by; of what Fisher weighs, all
+        # units' answers at once.
+        rows = 4 * largest + (total / 3 if settings.fisher else 0)
+        cache = min(settings.cache_gib * _GIB, learned * rows * small)
         stages["round"] = held + cache + 2 * min(settings.batch, max(learned, 1)) * total * small / 3 + 20 * largest
         lower["round"] = (
             f"reconstruction.batch (now {settings.batch}) or calibration_images (now {recipe.calibration_images}) with --set"

@@ -134,7 +134,6 @@ def run(
         if directory.is_complete:
             progress.say(f"{directory.path}: complete already, nothing was done; its figures are those of then")
             return Run(directory.path, finished(directory))
-        progress.plan(plan(recipe, labelled=labelled))
         recorded = losses.Recorder(directory.checkpoint("losses.json"), progress)
         with timed(directory, "capture"):
             with free_if_refused(directory):
@@ -150,6 +149,7 @@ def run(
         if budget is not None:
             recipe = within(budget, recipe, teacher, calibration, directory, progress)
             lean = replace(recipe, reconstruction=replace(recipe.reconstruction, cache_gib=lean.reconstruction.cache_gib))
+        progress.plan(plan(recipe, labelled=labelled, batch_norms=bool(teacher.batch_norms)))
         with timed(directory, "synthesize"):
             images = _images(recipe, small, directory, "images", recipe.images, recorded)
             held_out = _images(recipe, teacher, directory, "held-out", recipe.held_out, progress)
@@ -165,7 +165,7 @@ def run(
         everything = Images.concatenate(list(used.values()))
 
         with timed(directory, "quantize"):
-            reference, quantized, learned = quantize(lean, teacher, used, directory, progress)
+            reference, quantized, learned = quantize(lean, teacher, used, directory, recorded)
         with timed(directory, "export"):
             facts = {"reverie.network": network.name, "reverie.recipe": recipe.fingerprint}
             packed = directory.path / "network.safetensors"
@@ -196,11 +196,12 @@ def run(
             for part in () if unproven is None else reversed(runtimes.parts(unproven)):
                 part.replace(directory.path / part.name)
             made = {} if images is None else {method_name(recipe): images}
-            with progress.stage("report", total=1) as step:
+            with progress.stage("report", total=1):
                 about = gallery.about(used | made, small, evaluation or calibration, directory.path)
                 about |= {"mosaics": {name: len(used[name]) for name in made}} if recipe.mosaic else {}
                 details.describe(directory.path, reference, quantized, seen)
-                step()
+                # Whoever asks to stop now is answered by the end: the proven file has its name, and would be made again.
+                progress.advance()
         metrics = {
             **_facts(network),
             "quantization": asdict(recipe.quantization),

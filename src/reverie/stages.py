@@ -99,8 +99,13 @@ TITLES: dict[str, dict[str, str]] = {
 """What progress calls the stages that make a set of images other than those to learn from."""
 
 
-def plan(recipe: Recipe, *, labelled: bool) -> dict[str, float]:
-    """The stages that take time, with relative costs as seen on small networks."""
+def plan(recipe: Recipe, *, labelled: bool, batch_norms: bool = True) -> dict[str, float]:
+    """The stages that take time, in their order, with relative costs as seen on small networks.
+
+    Args:
+        labelled: Whether there are labelled images, so that the drop is not estimated.
+        batch_norms: Whether the network has any, without which it cannot be.
+    """
     streams, found = isinstance(recipe.synthesis, Streaming), dict[str, float]()
     # Held-out images have the network's own size.
     whole = recipe.held_out / (recipe.images * recipe.image_scale**2) if recipe.images else float(recipe.held_out > 0)
@@ -109,26 +114,25 @@ def plan(recipe: Recipe, *, labelled: bool) -> dict[str, float]:
         # A generator is trained once, for both sets.
         if cost and not (streams and found):
             found[titles.get("synthesize", "synthesize")] = 6.0 if streams else 6.0 * cost
-        if cost and streams:
+        if cost and getattr(recipe.synthesis, "refine_steps", 0):
             found[titles.get("refine", "refine")] = 5.0 * cost
-    if recipe.estimate_images and not labelled:
+    if recipe.estimate_images and not labelled and batch_norms:
         found[TITLES["estimate"]["synthesize"]] = 1.0
+    first, last = recipe.distils_after("calibration"), recipe.distils_after("rounding")
+    adapts = {"adapt batch norms": 0.5} if recipe.quantization.batch_norm_adaptation else {}
     found |= {"sensitivity": 0.5} if recipe.mixed_precision.chooses else {}
-    found |= {"excite": 2.0} if recipe.clipping.images else {"calibrate": 0.5}
-    if recipe.distils_after("calibration"):
-        found["distil"] = 8.0
+    found |= {"excite": 2.0} if recipe.clipping.images else {}
+    found["calibrate"] = 0.5
+    if first:
+        found |= adapts | {"distil": 8.0}
     if recipe.rounding.needs == "reconstruction":
         found["round"] = 5.0
     elif recipe.rounding.needs == "moments":
         found["round"] = 0.5
-    if recipe.distils_after("rounding"):
-        found["distil"] = 8.0
-    if recipe.quantization.bias_correction:
-        found["correct biases"] = 0.5
-    if recipe.quantization.batch_norm_adaptation:
-        found["adapt batch norms"] = 0.5
-    found |= {"export": 0.3} if recipe.export is not None else {}
-    found |= {"verify": 0.5} if recipe.export is not None else {}
+    found |= {} if first else adapts
+    found |= {"distil": 8.0} if last else {}
+    found |= {"correct biases": 0.5} if recipe.quantization.bias_correction else {}
+    found |= {"export": 0.3, "verify": 0.5} if recipe.export is not None else {}
     found["evaluate"] = 2.0
     found |= {"time": 0.3} if recipe.export is not None else {}
     return found | {"report": 0.3}

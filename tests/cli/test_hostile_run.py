@@ -101,7 +101,7 @@ def test_a_python_file_that_came_with_an_interrupted_run_is_not_executed(capsys,
     (folder / "nets.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\ndef net(): ...\n")
     assert refused(capsys, "resume", "run") == (
         f"{folder}: must name a network outside of this folder, got run/nets.py, which is code that would be executed; "
-        "read it, and type its command again (reverie quantize embedded:digits) if you trust it"
+        "read it, and type the command that began the run if you trust it"
     )
     assert not (tmp_path / "executed").exists()
 
@@ -116,10 +116,13 @@ def test_a_record_cannot_give_leave_to_execute_weights(capsys, run, tmp_path, co
     request = REQUEST | asked | {"folder": str(tmp_path), "recipe": tables(read("zeroq"))}
     run(complete=command == "export", facts=asked | {"request": request})
     assert refused(capsys, command, "run").endswith("or let its code run with --execute-weights if you trust the file")
-    assert not mark.exists()
-    assert "must be a state dict of tensors alone, got a NoneType at 'more'" in refused(
-        capsys, command, "run", "--execute-weights"
+    # Nor say which code it is.
+    assert refused(capsys, command, "run", "--execute-weights") == (
+        "--execute-weights must come with --weights, got none: which code is executed is not for a run directory to say; name the file"
     )
+    assert not mark.exists()
+    typed = ("--weights", weights, "--execute-weights")
+    assert "must be a state dict of tensors alone, got a NoneType at 'more'" in refused(capsys, command, "run", *typed)
     assert mark.exists()
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from reverie.errors import ExportError
 from reverie.export import _verify as verify
@@ -94,10 +95,29 @@ def test_suspects_are_asked_one_by_one_and_the_rest_is_not_halved_for_their_sake
             return super().probe(path, names, threads=threads)
 
     found = undisturbed(Counting(hides=hidden), path, names, images[:4].numpy(), suspects={*hidden, names[0]})
-    assert asked[0] == names and asked[1] == [name for name in names if name not in {*hidden, names[0]}]
-    assert [set(one) for one in asked[2:]] == [{name} for name in names if name in {*hidden, names[0]}]
+    suspects = [name for name in names if name in {*hidden, names[0]}]
+    # Those that do no harm are read together in the end.
+    assert asked == [names, *([name] for name in suspects), [name for name in names if name not in suspects], [names[0]]]
     assert found.unseen == hidden and found.unrounded == frozenset()
     assert found(images[:4].numpy())[1].keys() == set(names) - hidden
+
+
+def test_what_sums_read_is_suspected(written, images):
+    network, path = written(8, 8, 8)
+    asked = []
+
+    class Counting(Shy):
+        def probe(self, path, names, *, threads=1):
+            asked.append(list(names))
+            return super().probe(path, names, threads=threads)
+
+    verify.measure_parity(network, path, images[:2], runtime=Counting(together=5))
+    names = list(network.activations)
+    alone = [one for (one,) in (group for group in asked if len(group) == 1)]
+    nodes = {node.name: node for node in network.graph.graph.nodes}
+    sums = [node for node in nodes.values() if node.target is torch.ops.aten.add.Tensor]
+    read = {source.target.rpartition(".")[2] for node in sums for source in node.all_input_nodes if source.op == "call_module"}
+    assert len(sums) == 2 and read and alone[: len(read)] == [name for name in names if name in read]
 
 
 def test_a_runtime_that_shows_nothing_without_computing_otherwise_is_refused(written, images, names):

@@ -114,6 +114,20 @@ def test_a_saved_model_finds_its_class_beside_the_network_where_its_code_may_run
     assert "layers" not in sys.modules
 
 
+def test_a_model_that_a_script_saved_is_found_in_the_script(tmp_path):
+    text = (
+        "import torch\nfrom torch import nn\nclass Head(nn.Linear):\n    pass\n"
+        "def make():\n    return nn.Sequential(nn.Flatten(), Head(64, 2))\n"
+        "if __name__ == '__main__':\n    torch.manual_seed(1)\n    torch.save(make(), 'whole.pt')\n"
+    )
+    name = write(tmp_path, text)
+    subprocess.run([sys.executable, "net.py"], cwd=tmp_path, check=True)
+    network = models.load(name, weights=tmp_path / "whole.pt", execute_weights=True, **SMALL)
+    torch.manual_seed(1)
+    assert torch.equal(network.module[1].weight, torch.nn.Linear(64, 2).weight)
+    assert not hasattr(sys.modules["__main__"], "Head")
+
+
 def test_leave_to_execute_needs_weights(tmp_path):
     name = write(tmp_path, NETWORK.format(size=64))
     assert refusal(ConfigError, name, execute_weights=True) == (

@@ -150,6 +150,18 @@ def test_a_whole_model_is_read_where_its_code_may_run(tmp_path, wrap):
     assert torch.equal(read["0.weight"], model[0].weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("execute", [False, True])
+def test_torchscript_is_named_as_such(tmp_path, execute):
+    path = tmp_path / "net.pt"
+    torch.jit.script(nn.Linear(3, 2)).save(path)
+    with pytest.raises(ConfigError) as caught:
+        _weights.read(path, execute=execute)
+    assert str(caught.value) == (
+        f"{path}: weights must be a state dict, got a TorchScript archive; save state_dict() of the module that it was made of"
+    )
+
+
 def test_leave_to_execute_is_not_used_on_tensors_alone(tmp_path, state, monkeypatch):
     path = tmp_path / "net.pt"
     torch.save(state, path)
@@ -171,7 +183,7 @@ def test_code_that_does_not_run_is_described(tmp_path, state):
         _weights.read(path, execute=True)
     assert str(caught.value) == (
         f"{path}: its code must run, got FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path}/nowhere/mark'; "
-        "classes are found beside the network's Python file, under the module names that they were saved with"
+        "classes are found in the network's Python file and beside it, under the module names that they were saved with"
     )
 
 

@@ -109,15 +109,15 @@ def _wrong_usage(error: CycloptsError) -> str:
         hint = f"did you mean {near}?" if near else f"`{f'reverie {command}'.strip()} --help` lists them"
         return f"unknown option {option!r}{f' of {command}' if command else ''}; {hint}"
     if isinstance(error, UnusedCliTokensError):
-        return _left_over(" ".join(error.command_chain or ()), list(error.unused_tokens or ()))
+        return _left_over(" ".join(error.command_chain or ()), list(error.unused_tokens or ()), error.root_input_tokens or [])
     return f"{_one_line(error)} See --help."
 
 
-def _left_over(command: str, words: list[str]) -> str:
+def _left_over(command: str, words: list[str], typed: Sequence[str]) -> str:
     numbers = [word for word in words if word.replace(".", "", 1).isdigit()]
     cure = (
         "numbers of one option are one word, such as --mean 0.485,0.456,0.406"
-        if numbers
+        if numbers and not {"--mean", "--std"}.isdisjoint(typed)
         else f"`reverie {command} --help` lists what it takes"
     )
     return f"{command}: got more words than it takes, {', '.join(map(repr, words))}; {cure}"

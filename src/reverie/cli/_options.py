@@ -39,9 +39,9 @@ class NetworkOptions:
     """What a network from a Python or ONNX file does not say itself.
 
     Args:
-        weights: Of a network from a Python file: state dict, .safetensors, .pt or .pth; only read, code in it is refused.
+        weights: Of a network from a Python file: state dict, .safetensors, .pt or .pth; only read, code in it is refused without --execute-weights.
         execute_weights: Run the code that a pickled --weights file holds, as a program with all your rights (a whole saved model, for one); for
-            files alone that you would also run. A run's directory never asks for it: `resume` and its like want it again.
+            files alone that you would also run. A run's directory never asks for it: `resume` and its like want both options again.
         input_size: Of a network from a file: side of its square input, pixels; an ONNX file may say it.
         mean: Of a network from a file: means of pixels in 0..1, such as 0.485,0.456,0.406.
         std: Of a network from a file: standard deviations of pixels in 0..1, such as 0.229,0.224,0.225.

@@ -55,7 +55,9 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
     facts, identity = _facts(run), read_record(run)["identity"]
     if name is None:
         check_code(run, facts["network"], f"give --network {facts['network']}")
-    network = models.load(name or facts["network"], **recorded(facts["options"]) | options.given())
+    network = models.load(
+        name or facts["network"], **recorded(facts["options"], options.weights, options.execute_weights) | options.given()
+    )
     quantized = identity.get("network")
     if network.fingerprint != quantized:
         raise ConfigError(
@@ -65,11 +67,25 @@ def load_network(run: Path, name: str | None, options: NetworkOptions) -> "Netwo
     return network
 
 
-def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a record as `models.load` takes them, without leave to execute weights: whoever types the command gives that, no file."""
-    return {
+def recorded(options: Mapping[str, Any], weights: Path | None, execute_weights: bool) -> dict[str, Any]:
+    """Options of a record as `models.load` takes them.
+
+    Args:
+        weights, execute_weights: As they were typed: no file gives leave to execute code, nor says in which file it is.
+
+    Raises:
+        ConfigError: Leave to execute weights without saying which.
+    """
+    if execute_weights and weights is None:
+        raise ConfigError(
+            "--execute-weights must come with --weights, got none: which code is executed is not for a run directory to say; name the file"
+        )
+    found = {
         key: tuple(value) if isinstance(value, list) else value for key, value in options.items() if key != "execute_weights"
     }
+    return (
+        found | ({} if weights is None else {"weights": str(weights)}) | ({"execute_weights": True} if execute_weights else {})
+    )
 
 
 def check_code(run: Path, network: str, cure: str) -> None:

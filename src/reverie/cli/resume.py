@@ -17,19 +17,28 @@ if TYPE_CHECKING:
     from reverie.pipeline import Run
 
 
-def resume(run: Path, /, *, accept_changes: bool = False, execute_weights: bool = False, json: Json = False) -> None:
+def resume(
+    run: Path,
+    /,
+    *,
+    accept_changes: bool = False,
+    weights: Path | None = None,
+    execute_weights: bool = False,
+    json: Json = False,
+) -> None:
     """Go on with an interrupted run from its last checkpoint; it ends with the bytes that it would have had undisturbed.
 
-    Nothing but the run directory is needed: it says what was asked for. It may have been moved. Network, images and recipe must be
-    what they were, and so must versions; the run's own number of threads is used. A complete run is left as it is, and its files are compared
-    with the hashes that it recorded.
+    Nothing but the run directory is needed: it says what was asked for, except --execute-weights. It may have been moved. Network,
+    images and recipe must be what they were, and so must versions; the run's own number of threads is used. A complete run is left as it
+    is, and its files are compared with the hashes that it recorded.
 
     Example: reverie resume runs/embedded-digits-w4a8
 
     Args:
         run: A run directory that `reverie quantize` or `reverie synthesize` began.
         accept_changes: Go on with other versions of the libraries or another processor; the bytes may then be others.
-        execute_weights: As for `reverie quantize`: run the code in the file of the network's weights, as a program with all your rights.
+        weights: The network's weights, where they lie elsewhere now.
+        execute_weights: As for `reverie quantize`: run the code in the file that --weights names, as a program with all your rights.
         json: Print the metrics as one JSON document, and progress as JSON lines on standard error.
     """
     from reverie.runs import read_record
@@ -54,9 +63,10 @@ def resume(run: Path, /, *, accept_changes: bool = False, execute_weights: bool 
     # Fewer or more threads sum in another order.
     torch.set_num_threads(record["versions"]["threads"])
     run, here = run.absolute(), Path(asked["folder"])
+    weights = None if weights is None else weights.absolute()
     # What was given by relative paths lies where it did, or has been moved along with the current folder.
     with contextlib.chdir(here) if here.is_dir() else contextlib.nullcontext():
-        done = _repeat(asked, run, accept_changes, execute_weights, json)
+        done = _repeat(asked, run, accept_changes, weights, execute_weights, json)
     if json:
         say_json(done.metrics)
     elif asked["command"] == "quantize":
@@ -65,7 +75,9 @@ def resume(run: Path, /, *, accept_changes: bool = False, execute_weights: bool 
         synthesize.show(done, asked["target"])
 
 
-def _repeat(asked: dict[str, Any], output: Path, accept_changes: bool, execute_weights: bool, json: bool) -> "Run":
+def _repeat(
+    asked: dict[str, Any], output: Path, accept_changes: bool, weights: Path | None, execute_weights: bool, json: bool
+) -> "Run":
     from reverie import formats, interrupts, loggers, models, pipeline, plugins
     from reverie.best import Choice
     from reverie.recipe import from_tables, tables
@@ -73,9 +85,9 @@ def _repeat(asked: dict[str, Any], output: Path, accept_changes: bool, execute_w
     from reverie.synthesis._capsule import load_capsule
 
     recipe = from_tables(asked["recipe"])
-    given = recorded(asked["options"]) | ({"execute_weights": True} if execute_weights else {})
+    given = recorded(asked["options"], weights, execute_weights)
     used = [loggers.load(name) for name in asked["log"]]
-    check_code(output, asked["network"], f"type its command again ({asked['line']})")
+    check_code(output, asked["network"], "type the command that began the run")
     network = models.load(asked["network"], **given)
     shown = choose(sys.stderr, json)
     paths = {name: Path(asked[name]) for name in ("calibration", "capsule", "unlabelled") if asked[name] is not None}

@@ -106,8 +106,12 @@ def undisturbed(
     if same:
         return Undisturbed(session, (whole,), whole.unrounded, frozenset())
     # Of what is not rounded no code is asked for, whoever asks.
-    apart = [[name] for name in names if name in suspects - whole.unrounded]
-    probes, unseen = joined(divided([name for name in names if [name] not in apart]), *map(divided, apart))
+    apart = [name for name in names if name in suspects - whole.unrounded]
+    harmless = [name for name in apart if found([name])[1]]
+    rest = [name for name in names if name not in apart]
+    halves = (names[: len(names) // 2], names[len(names) // 2 :]) if len(names) > 1 and not apart else (rest, harmless)
+    probes, unseen = joined(*map(divided, halves))
+    unseen |= frozenset(apart) - frozenset(harmless)
     if not probes:
         raise ExportError(
             f"{path}: reading codes must not change the logits, got other ones with each of the {len(names)} tensors; this version "

@@ -141,7 +141,7 @@ def assert_integer(path: Path, quantized: QuantizedNetwork, *, runtime: Runtime 
         )
 
 
-def together(shape: Sequence[int]) -> int:
+def images_together(shape: Sequence[int]) -> int:
     """How many images of a shape (channels, height, width) are compared at a time."""
     return max(1, min(_BATCH, _PIXELS // math.prod(shape[1:])))
 
@@ -187,7 +187,7 @@ def measure_parity(
         ExportError: The file lacks a quantized tensor, or none can be read without changing what the runtime computes.
     """
     runtime = runtime or runtimes.load(_DEFAULT)
-    batch = batch or together(images.shape[1:])
+    batch = batch or images_together(images.shape[1:])
     probe = probes_of(quantized, path, images, runtime=runtime, batch=batch, threads=threads)
     worst: Counter[str] = Counter()
     differing: Counter[str] = Counter()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import reverie.loggers
 from reverie import plugins
 from reverie.errors import ConfigError
-from reverie.progress import Passing, Progress, loss_of
+from reverie.progress import Forwarding, Progress, loss_of
 
 # Of `metrics.json`, what is a figure of the result.
 _FIGURES = (
@@ -83,7 +83,7 @@ def load(name: str) -> Logger:
     return logger
 
 
-class Logged(Passing):
+class Logged(Forwarding):
     """Passes on to `shown` what it is told, and the losses to logs.
 
     Args:

@@ -149,6 +149,10 @@ def _read_pickle(path: Path, execute: bool) -> Any:
     except ConfigError:
         raise
     except _DAMAGED as error:
+        if "TorchScript" in str(error):
+            raise ConfigError(
+                f"{path}: weights must be a state dict, got a TorchScript archive; save state_dict() of the module that it was made of"
+            ) from error
         raise ConfigError(f"{path}: must be a whole PyTorch file, got {one_line(error)}; fetch it again") from error
 
 
@@ -160,8 +164,8 @@ def _execute(path: Path) -> Any:
     except Exception as error:
         # Not our code: it may raise anything.
         raise ModelError(
-            f"{path}: its code must run, got {one_line(error)}; classes are found beside the network's Python file, "
-            "under the module names that they were saved with"
+            f"{path}: its code must run, got {one_line(error)}; classes are found in the network's Python file and "
+            "beside it, under the module names that they were saved with"
         ) from error
 
 

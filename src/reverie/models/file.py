@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ def load(
         mean, std: Per channel, of pixels in 0..1. Their number is the number of channels.
         classes: Number of classes.
         weights: A .safetensors, .pt or .pth file with a state dict; None if the factory's network is trained already.
-        execute_weights: Run the code that a pickled weights file holds, with all rights of this process; its classes are found beside the
-            Python file. For files alone that one would also run as a program.
+        execute_weights: Run the code that a pickled weights file holds, with all rights of this process; its classes are found in the
+            Python file and beside it. For files alone that one would also run as a program.
         resize: Shorter side of an image file before the centre crop; None means no margin.
         interpolation: How an image file is resized.
 
@@ -66,9 +66,14 @@ def load(
             raise ConfigError(
                 "weights must be given with execute_weights, got none; leave it out, or name the file that it is for"
             )
-        with _neighbours(path.parent) if execute_weights else nullcontext():
-            state = None if weights is None else _weights.read(Path(weights), execute=execute_weights)
-        module = _make(path, factory).eval()
+        state = None if weights is None or execute_weights else _weights.read(Path(weights))
+        with _neighbours(path.parent):
+            names = _run(path)
+            if execute_weights:
+                assert weights is not None
+                with _lent(names):
+                    state = _weights.read(Path(weights), execute=True)
+            module = _made(names, factory, path).eval()
         if state is not None:
             with at(str(weights)):
                 _weights.fit_(module, state)
@@ -86,9 +91,8 @@ def _parse(name: str) -> tuple[Path, str]:
     return path.resolve(), factory
 
 
-def _make(path: Path, factory: str) -> nn.Module:
-    with _neighbours(path.parent):
-        made = _call(_find(_run(path), factory, path))
+def _made(names: dict[str, Any], factory: str, path: Path) -> nn.Module:
+    made = _call(_find(names, factory, path))
     if not isinstance(made, nn.Module):
         raise ModelError(f"the factory must give an nn.Module, got a {type(made).__name__}; return the network itself")
     return made
@@ -108,6 +112,19 @@ def _run(path: Path) -> dict[str, Any]:
         # Not our code: it may raise anything.
         raise ModelError(f"the file must run, got {_weights.one_line(error)}; try it with python {path.name}") from error
     return vars(module)
+
+
+@contextmanager
+def _lent(names: dict[str, Any]) -> Iterator[None]:
+    """Lets a pickle that a script saved find its classes: it calls them those of `__main__`, which the script was then."""
+    main = vars(sys.modules["__main__"])
+    lent = {name: value for name, value in names.items() if name not in main}
+    main.update(lent)
+    try:
+        yield
+    finally:
+        for name in lent:
+            main.pop(name, None)
 
 
 def _find(names: dict[str, Any], factory: str, path: Path) -> Callable[..., Any]:

@@ -112,7 +112,7 @@ class Silent(Progress):
         pass
 
 
-class Passing(Progress):
+class Forwarding(Progress):
     """Passes on to `shown` what it is told; those who listen add what they do with it."""
 
     def __init__(self, shown: Progress) -> None:
@@ -137,7 +137,7 @@ class Passing(Progress):
         self._shown.finish()
 
 
-class Renamed(Passing):
+class Renamed(Forwarding):
     """Gives stages other names, where the same code runs for another purpose.
 
     Args:

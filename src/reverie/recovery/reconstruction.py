@@ -155,6 +155,7 @@ def round_weights(
     errors: dict[str, tuple[float, float]] = {}
     with progress.stage("round", total=sum(part.iterations for _, part, _ in passes) * len(units)) as step:
         for prefix, part, in_float in passes:
+            give_back()
             loop = _Loop(teacher, student, inputs, units, rounding, part, weights, cache, seed.at(prefix) if prefix else seed)
             with activations_in_float(student) if in_float else nullcontext():
                 for number, unit in enumerate(units):

@@ -178,8 +178,9 @@ def _limits(metrics: dict[str, Any]) -> list[str]:
 def _command(name: str, options: Mapping[str, Any], record: dict[str, Any]) -> str:
     """The command as a block of code, whatever is in it."""
     words = ["reverie", "quantize", name]
-    # Of a file, the name alone: whose folders they are is nobody's business.
-    words += flags.words({key: PurePath(value).name if key == "weights" else value for key, value in options.items()})
+    # Of a file, the name alone: whose folders they are is nobody's business. Nor does a card tell strangers to execute anything.
+    shown = {key: value for key, value in options.items() if value is not None and key != "execute_weights"}
+    words += flags.words(shown | ({"weights": PurePath(shown["weights"]).name} if "weights" in shown else {}))
     words += ["--recipe", "recipe.toml", "--output", "again"]
     given = {"calibration": "--calibration", "evaluation": "--evaluate", "unlabelled": "--unlabelled", "capsule": "--capsule"}
     for kind, flag in given.items():

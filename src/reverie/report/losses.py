@@ -12,7 +12,7 @@ from typing import Any
 from reverie import received
 from reverie.errors import ConfigError
 from reverie.files import atomic_json
-from reverie.progress import Passing, Progress, loss_of
+from reverie.progress import Forwarding, Progress, loss_of
 
 # Of a curve, and seconds between two writings of them.
 _POINTS = 200
@@ -20,7 +20,7 @@ _SECONDS = 5.0
 _STAGES = frozenset({"synthesize", "refine", "excite", "round", "distil"})
 
 
-class Recorder(Passing):
+class Recorder(Forwarding):
     """Passes on to `shown` what it is told, and keeps the losses.
 
     Args:

@@ -273,7 +273,7 @@ def commands(record: dict[str, Any]) -> list[tuple[str, str]]:
     facts, identity = record["facts"], record.get("identity", {})
     made = "synthesize" if identity.get("only") == "images" else "quantize"
     words = ["reverie", made, str(facts.get("network", "NETWORK")), "--recipe", "RUN/recipe.toml"]
-    words += flags.words(facts.get("options", {}))
+    words += flags.words({key: value for key, value in facts.get("options", {}).items() if key != "execute_weights"})
     words += ["--device", str(facts["device"])] if facts["device"] != "cpu" else []
     for option, key in (
         ("--calibration", "calibration"),
