@@ -50,7 +50,10 @@ TOOLS = {
     "tflite": Tool("tensorflow", ("tensorflow",), (EXAMPLE, "calibrate_tflite")),
     # Its OpenCV wants a screen's libraries.
     "ultralytics": Tool(
-        "ultralytics", ("ultralytics", "torchvision==0.28.0"), (EXAMPLE, "calibrate_ultralytics"), ("opencv-python-headless",)
+        "ultralytics",
+        ("ultralytics>=8.4", "torchvision==0.28.0", "openvino", "nncf"),
+        (EXAMPLE, "calibrate_ultralytics"),
+        ("opencv-python-headless",),
     ),
     "mlflow": Tool("mlflow", ("mlflow",), ("tests/loggers/test_loggers.py", "mlflow")),
 }
@@ -60,8 +63,8 @@ def prepared(name: str, tool: Tool) -> Path:
     """The Python of the tool's environment."""
     folder = BUILD / name
     python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
+    # One that an earlier call left half-way is completed.
+    venv.create(folder, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     subprocess.run([*pip, *COMMON, *tool.packages], check=True, stdout=sys.stderr)
     if tool.instead:
@@ -88,7 +91,7 @@ def tried(name: str, tool: Tool) -> str:
     last = next(
         (line for line in reversed(done.stdout.splitlines()) if re.search(r"passed|failed|skipped|error", line)), "nothing"
     )
-    shown = subprocess.run([python, "-m", "pip", "show", tool.package], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([python, "-m", "pip", "show", tool.package], capture_output=True, text=True, check=False).stdout
     version = re.search(r"^Version: (.*)$", shown, re.MULTILINE)
     outcome = re.sub(r"^=+ | in [\d.:() s]+=*$|, \d+ deselected", "", last).strip()
     return (

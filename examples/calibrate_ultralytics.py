@@ -1,4 +1,4 @@
-"""An Ultralytics network exported to int8 for OpenVINO, calibrated with synthetic images: pip install -e . ultralytics openvino nncf
+"""An Ultralytics network exported to int8 for OpenVINO, calibrated with synthetic images: pip install -e . 'ultralytics>=8.4' openvino nncf
 
     python examples/calibrate_ultralytics.py --model yolo11n-cls.pt --images dreams/ultralytics
 
@@ -33,7 +33,7 @@ def main() -> None:
             write(Ultralytics(), task.images_for(network), network.input, network.classes, folder)
         model = YOLO(options.model)
         data = folder if model.task == "classify" else folder / "data.yaml"
-        exported = Path(model.export(format="openvino", int8=True, data=str(data)))
+        exported = Path(model.export(format="openvino", quantize=8, data=str(data)))
     print(f"{exported}: {sum(file.stat().st_size for file in exported.rglob('*.bin')) / 1e6:.2f} MB of weights")
 
 

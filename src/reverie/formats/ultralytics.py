@@ -1,7 +1,7 @@
 """A folder that Ultralytics calibrates from when it exports to int8. Pixels of 0 to 255, which it scales by itself.
 
-    yolo export model=yolo11n.pt format=openvino int8=True data=DIR/data.yaml        detection and the like
-    yolo export model=yolo11n-cls.pt format=openvino int8=True data=DIR              classification
+    yolo export model=yolo11n.pt format=openvino quantize=8 data=DIR/data.yaml       detection and the like
+    yolo export model=yolo11n-cls.pt format=openvino quantize=8 data=DIR             classification
 
 It calibrates on `val`, and wants a `train` with the same classes beside it, so that every picture is there twice. There are no
 boxes: for detection the images are background, which is enough to calibrate and no use for training or validation.
