@@ -78,8 +78,22 @@ def tried(name: str, tool: Tool) -> str:
     file, chosen = tool.test
     began = time.perf_counter()
     done = subprocess.run(
-        # What the tool's own libraries warn of is not ours.
-        [python, "-m", "pytest", "-q", "-n0", "-rs", "-W", "ignore", file, "-k", chosen],
+        # What the tool's own libraries warn of is not ours. Types are not checked: tools trace networks with values that stand for tensors.
+        [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-n0",
+            "-rs",
+            "-W",
+            "ignore",
+            "-o",
+            "addopts=--import-mode=importlib",
+            file,
+            "-k",
+            chosen,
+        ],
         cwd=ROOT,
         env=os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"},
         capture_output=True,
