@@ -77,6 +77,19 @@ def test_learned_rounding_beats_nearest_in_every_kind_of_unit(reference, inputs,
     assert after < 0.8 * before
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"unit": "block", "learned_ranges": True, "drop": 0.5, "patience": 3}, {"fisher": True}],
+    ids=["adaround", "qdrop", "fisher"],
+)
+def test_what_is_learned_from_windows_holds_for_whole_images(reference, inputs, settings):
+    nearest, learned = (calibrated(reference, inputs) for _ in range(2))
+    rounded(nearest, reference, inputs, Nearest())
+    rounded(learned, reference, inputs, AdaRound(), window=6, **settings)
+    before, after = (output_error(finish(student), reference, inputs) for student in (nearest, learned))
+    assert after < 0.8 * before
+
+
 def test_every_learned_unit_is_at_least_as_good_as_at_the_nearest_codes(reference, inputs):
     errors = rounded(calibrated(reference, inputs), reference, inputs, AdaRound())
     assert all(after <= before * 1.001 for before, after in errors.values())
@@ -104,7 +117,7 @@ def test_more_bits_are_never_worse(reference, inputs):
     "settings",
     [
         {},
-        {"unit": "block", "learned_ranges": True, "drop": 0.5, "patience": 2},
+        {"unit": "block", "learned_ranges": True, "drop": 0.5, "patience": 2, "window": 6},
         {"unit": "block", "learned_ranges": True, "weights_first": True, "fisher": True},
         {"unit": "network", "learned_ranges": True, "learned_steps": True, "drop": 0.5},
     ],
@@ -498,7 +511,7 @@ def test_codes_do_not_depend_on_where_tensors_are_held(reference, inputs, tmp_pa
     monkeypatch.setattr(Cache, "_file", counted)
     students = [calibrated(reference, inputs) for _ in range(2)]
     for student, gib in zip(students, (4.0, 0.0), strict=True):
-        settings = {"unit": "block", "drop": drop, "fisher": True, "iterations": 20, "cache_gib": gib}
+        settings = {"unit": "block", "drop": drop, "fisher": True, "iterations": 20, "cache_gib": gib, "window": 6}
         rounded(student, reference, inputs, AdaRound(), checkpoints=Folder(tmp_path / str(gib)), **settings)
         # What units read and should answer, and the weights of that.
         assert bool(files) == (gib == 0)
@@ -519,7 +532,7 @@ def test_without_room_for_what_units_read_it_is_computed_anew_and_said(reference
         if number:
             monkeypatch.setattr("os.posix_fallocate", full)
         student = calibrated(reference, inputs)
-        settings = Reconstruction(unit="block", drop=0.5, fisher=True, iterations=30, batch=16, cache_gib=gib)
+        settings = Reconstruction(unit="block", drop=0.5, fisher=True, iterations=30, batch=16, cache_gib=gib, window=6)
         round_weights(
             reference, student, inputs, AdaRound(), settings, seed=Seed(0), checkpoints=Folder(tmp_path), progress=Telling()
         )

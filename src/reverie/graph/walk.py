@@ -5,7 +5,7 @@ Reconstruction goes through a network unit by unit, and each unit's inputs depen
 crosses the place where it stands, not what lies between two such places.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -80,15 +80,22 @@ class Walk:
         return self._whole[tensor]
 
     @torch.no_grad()
-    def rows(self, tensors: Sequence[str], picked: Int[Tensor, " rows"]) -> list[Tensor]:
-        """These rows of the tensors, all of which have as many rows for an image, on the device of the images."""
-        found = {name: _picked(self.value(name), picked) for name in tensors if name in self._parts}
+    def rows(
+        self, tensors: Sequence[str], picked: Int[Tensor, " rows"], cut: Sequence[Callable[[Tensor], Tensor]] | None = None
+    ) -> list[Tensor]:
+        """These rows of the tensors, all of which have as many rows for an image, on the device of the images.
+
+        Args:
+            cut: For each tensor, gives the view of it that is wanted, with the same rows; None for whole tensors.
+        """
+        views = dict(zip(tensors, cut, strict=True)) if cut is not None else {}
+        found = {name: _picked(views.get(name, _whole)(self.value(name)), picked) for name in tensors if name in self._parts}
         lost = tuple(name for name in tensors if name not in found)
         if lost:
             probe, rows = self._probe(lost)
             computed = probe(_picked(self._images, picked.div(rows, rounding_mode="floor")))
             own = torch.arange(len(picked), device=picked.device) * rows + picked % rows
-            found |= {name: _picked(computed[name], own) for name in lost}
+            found |= {name: _picked(views.get(name, _whole)(computed[name]), own) for name in lost}
         return [found[name].to(self._images.device) for name in tensors]
 
     def count(self, tensor: str) -> int:
@@ -188,5 +195,13 @@ class Walk:
         parts.append(result)
 
 
+def _whole(values: Tensor) -> Tensor:
+    return values
+
+
 def _picked(values: Tensor, rows: Tensor) -> Tensor:
-    return values[rows.to(values.device)]
+    rows = rows.to(values.device)
+    # A view of some positions has its channels last if the whole has, and its rows shall too.
+    if values.dim() == 4 and values.stride(1) == 1 and not values.is_contiguous():
+        return values.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)
+    return values[rows]

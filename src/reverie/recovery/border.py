@@ -19,6 +19,7 @@ from reverie.graph.placement import Student
 from reverie.graph.taps import tap
 from reverie.graph.units import Unit, UnitKind
 from reverie.graph.walk import Walk
+from reverie.recovery.window import Window
 
 # Of units that cannot be isolated: larger ones.
 _CURES: dict[UnitKind, str] = {
@@ -82,12 +83,16 @@ class Borders:
         """How many rows the unit's output has: as many for each image as there are."""
         return self._teacher.count(unit.output)
 
-    def rows(self, unit: Unit, picked: Int[Tensor, " rows"]) -> Rows:
-        """These rows of a unit that was reached."""
-        sources = self._sources[unit.name]
-        wanted = [*sources, unit.output] if self._with_entry else [unit.output]
-        *clean, target = self._teacher.rows(wanted, picked)
-        return Rows(sources=self._student.rows(sources, picked), clean=clean, target=target)
+    def rows(self, unit: Unit, picked: Int[Tensor, " rows"], window: Window | None = None) -> Rows:
+        """These rows of a unit that was reached; of each, what the window shows."""
+        names = self._sources[unit.name]
+        wanted = [*names, unit.output] if self._with_entry else [unit.output]
+        if window is None:
+            *clean, target = self._teacher.rows(wanted, picked)
+            return Rows(sources=self._student.rows(names, picked), clean=clean, target=target)
+        cuts = [part.of for part in window.sources]
+        *clean, target = self._teacher.rows(wanted, picked, [*(cuts if self._with_entry else []), window.target.of])
+        return Rows(sources=self._student.rows(names, picked, cuts), clean=clean, target=target)
 
     def ranges(self, student: Student, units: list[Unit]) -> dict[str, list[str]]:
         """For each unit, the tensors whose scales it may learn: those it reads and those inside, if nothing was computed with them yet."""

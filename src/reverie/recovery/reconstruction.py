@@ -54,12 +54,15 @@ from reverie.recovery.border import Borders, all_rows, check_isolated
 from reverie.recovery.closed_form import round_at_once
 from reverie.recovery.fisher import Fisher
 from reverie.recovery.ranges import keep_biases_in_range
+from reverie.recovery.window import Window, Windows
 from reverie.rounding import Learned, Rounding
 
 # Beside the layers' codes in a checkpoint; no node of a graph is called so.
 _ERRORS = "errors before, after"
 # One image of so many is held out of learning, and so many times its error is looked at.
 _HELD_OUT, _CHECKS = 8, 10
+# Rows on which it is found what a window's border reaches.
+_PROBED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ class Reconstruction:
         step_rate: Learning rate of those, likewise.
         drop: Probability with which a value is left unquantized while the unit learns, drawn anew at each step for the
             unit's inputs (which are then the teacher's) and for every tensor on a grid (QDrop; 0.5 there).
+        window: Side of the part of each image that a step looks at, in positions of what the unit writes (`window.py`); 0 for the whole.
         cache_gib: What units read and should answer is held in so much memory; more of it goes to a file.
     """
 
@@ -97,6 +101,7 @@ class Reconstruction:
     learned_steps: bool = False
     step_rate: float = 1e-3
     drop: float = 0.0
+    window: int = 0
     cache_gib: float = 4.0
 
     def __post_init__(self) -> None:
@@ -109,6 +114,7 @@ class Reconstruction:
             range_rate=(0, math.inf),
             step_rate=(0, math.inf),
             drop=(0, 1),
+            window=(0, math.inf),
             cache_gib=(0, math.inf),
         )
         if self.weights_first and not self.learned_ranges:
@@ -186,7 +192,8 @@ class _Loop:
         cache: Cache,
         seed: Seed,
     ) -> None:
-        self._student, self._rounding, self._settings, self._weights, self._seed = student, rounding, settings, weights, seed
+        self._teacher, self._student, self._rounding, self._settings = teacher, student, rounding, settings
+        self._weights, self._seed = weights, seed
         self._device, self._images = inputs.device, len(inputs)
         self._channels = channel_axes(teacher, inputs[:1])
         self._with_entry = settings.learned_ranges or settings.drop > 0
@@ -227,6 +234,8 @@ class _Loop:
         borders.reach(unit)
         count = borders.count(unit)
         module, _ = extract(student.graph, unit, with_entry=self._with_entry)
+        few = borders.rows(unit, torch.arange(min(count, _PROBED)))
+        windows = Windows(extract(self._teacher, unit)[0], few.sources, settings.window)
         with _nearest(student, unit):
             before = self._error(module, unit, all_rows(count))
         open_ = [name for name in unit.layers if student.weights[name].codes is None]
@@ -285,7 +294,7 @@ class _Loop:
                 drawn = torch.randint(len(learned), (settings.batch,), generator=generator)
             else:
                 drawn = torch.multinomial(odds, settings.batch, replacement=True, generator=generator)
-            distance = self._distance(module, unit, learned[drawn], dropping)
+            distance = self._distance(module, unit, learned[drawn], windows.draw(generator), dropping)
             penalties = {f"penalty of {name}": rounder.penalty(progress) for name, rounder in rounders.items()}
             loss = descent.step(iteration, {"distance": distance, **penalties})
             if len(watched) and (iteration + 1) % max(settings.iterations // _CHECKS, 1) == 0:
@@ -306,19 +315,22 @@ class _Loop:
         keep_biases_in_range(student)
         return before, self._error(module, unit, all_rows(count))
 
-    def _distance(self, module: fx.GraphModule, unit: Unit, picked: Int[Tensor, " rows"], dropping: Dropping) -> Tensor:
+    def _distance(
+        self, module: fx.GraphModule, unit: Unit, picked: Int[Tensor, " rows"], window: Window | None, dropping: Dropping
+    ) -> Tensor:
         """The squared error of a batch, summed over channels."""
-        rows = self._borders.rows(unit, picked)
+        rows = self._borders.rows(unit, picked, window)
         inputs = rows.sources
         if self._settings.drop:
             inputs = [dropping.mix(clean, source) for clean, source in zip(rows.clean, inputs, strict=True)]
         output: Tensor = module(*inputs)
+        target = rows.target
+        importance = None if self._fisher is None else self._fisher.rows(unit.output, picked)
+        if window is not None:
+            output, target = window.valid.of(output), window.valid.of(target)
+            importance = None if importance is None else window.valid.of(window.target.of(importance))
         channels = math.prod(output.shape[axis] for axis in self._channels[unit.output])
-        if self._fisher is None:
-            total = functional.mse_loss(output, rows.target, reduction="sum")
-        else:
-            total = ((output - rows.target).square() * self._fisher.rows(unit.output, picked)).sum()
-        return total * (channels / output.numel())
+        return _squared_error(output, target, importance) * (channels / output.numel())
 
     @torch.no_grad()
     def _error(self, module: fx.GraphModule, unit: Unit, batches: list[Tensor] | tuple[Tensor, ...]) -> float:
@@ -329,6 +341,13 @@ class _Loop:
             total += float(functional.mse_loss(module(*rows.sources), rows.target, reduction="sum"))
             count += rows.target.numel()
         return total / count
+
+
+def _squared_error(output: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
+    """Summed over everything."""
+    if importance is None:
+        return functional.mse_loss(output, target, reduction="sum")
+    return ((output - target).square() * importance).sum()
 
 
 @contextmanager
