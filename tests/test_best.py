@@ -73,13 +73,11 @@ MADE = "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no clas
 JOINED = "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have"
 
 
-@pytest.mark.parametrize(
-    ("weights", "activations", "joined", "batch"), [(4, 4, True, 12), (8, 7, True, 12), (2, 8, False, 32), (4, 8, False, 32)]
-)
-def test_halved_images_are_joined_to_whole_ones_where_activations_have_few_bits(weights, activations, joined, batch):
+@pytest.mark.parametrize(("weights", "activations", "joined"), [(4, 4, True), (8, 7, True), (2, 8, False), (4, 8, False)])
+def test_halved_images_are_joined_to_whole_ones_where_activations_have_few_bits(weights, activations, joined):
     choice = choose(sized(128, pooled()), bits(weights, activations))
     recipe = choice.recipe()
-    assert (recipe.image_scale, recipe.mosaic, recipe.reconstruction.batch) == (0.5, joined, batch)
+    assert (recipe.image_scale, recipe.mosaic) == (0.5, joined)
     assert choice.reasons[-2:] == (MADE, JOINED) if joined else choice.reasons[-1] == MADE
 
 
@@ -98,7 +96,21 @@ def test_images_are_joined_as_the_user_wants_and_where_they_can_be():
         recipe = choice.recipe(settings)
         assert (recipe.image_scale, recipe.mosaic) == (scale, mosaic)
         assert (JOINED in choice.reasons) == mosaic
-        assert recipe.reconstruction.batch == (12 if mosaic and choice.preset == "qdrop" else 32)
+
+
+@pytest.mark.parametrize(
+    ("side", "activations", "window", "drop", "said"),
+    [
+        (64, 4, 0, 0.5, ", half of all values unquantized"),
+        (128, 4, 10, 0.2, ", a fifth of all values unquantized"),
+        (128, 8, 10, 0.0, ""),
+    ],
+)
+def test_above_64_pixels_steps_look_at_windows_of_many_images(side, activations, window, drop, said):
+    choice = choose(sized(side, pooled()), bits(2, activations))
+    settings = choice.recipe().reconstruction
+    assert (settings.window, settings.drop, settings.batch) == (window, drop, 32)
+    assert choice.reasons[0] == f"qdrop: at W2A{activations} codes and ranges are learned together, block by block{said}"
 
 
 def test_images_keep_their_size_where_they_are_small_or_the_network_takes_no_other(tiny_cnn):

@@ -6,8 +6,8 @@ where they were measured (docs/log.md; ResNet-20 at 32 px unless said):
     weights, activations   rounding                                       because
     8, 8                   nearest, biases corrected (`zeroq`)            0.1 to 0.5 points lost, MobileNetV2 and Lite0 too
     3 to 7, 8              second order (`gptq`)                          as good as learned layer by layer, in a thirtieth of the time
-    fewer, or under 8      blocks, half the values dropped (`qdrop`),     ranges of activations have to be learned with the codes, and what
-                           none of activations in 8 bits; up to 64 px     blocks leave over is a third less when all is learned at once (and not,
+    fewer, or under 8      blocks, half the values dropped (`qdrop`; a    ranges of activations have to be learned with the codes, and what
+                           fifth above 64 px, none in 8 bits); to 64 px   blocks leave over is a third less when all is learned at once (and not,
                            then the whole network, distilled              in the few steps that 224 px allow)
 
 Bits are the caller's: `best` gives every weight the same unless `effective_bits` says otherwise, and tells whom it would help: networks with
@@ -15,12 +15,13 @@ depthwise layers (MobileNetV2 W4A8 loses 1.9 points so, and 4.9 with 4 bits ever
 
 Images: 50 steps from natural noise are worth more than 200 from white noise; the class term harms rounding (ResNet-20, MobileNetV2). Of
 large images, 256 of half the side are worth more than 64 whole ones, and a step costs as much (MobileNetV2). Where activations
-have fewer than 8 bits the student learns from these joined 2 x 2 to 128 mosaics, each twice, 12 a step in place of 32: ranges and codes
+have fewer than 8 bits the student learns from these joined 2 x 2 to 128 mosaics, each twice: ranges and codes
 are else fitted to borders that whole images do not have (MobileNetV2 W4A4, KL and agreement on photographs: 0.840, 64.5 % from small
 images, 0.663, 71.5 % from mosaics). Not with 8 bits, where small images are as good.
 
 Ranges of 2-bit activations are those of the smallest error, of 3 to 7 bits those of 99.9 % of values; they are learned three times
-as fast at 2 bits and above 64 px.
+as fast at 2 bits and above 64 px. There a step looks at 10 x 10 positions of 32 images, which costs what 12 whole ones do and less,
+and leaves a fifth of the values unquantized: with half of them, so few steps fit the noise (MobileNetV2 W4A4, error behind the third block).
 
 With a budget, the first recipe of the list whose steps fit it, or fit it by half, is taken; the last one is shortened however
 much it takes.
@@ -53,8 +54,8 @@ _ENOUGH_REAL = 1024
 _LEAST_SHARE = 0.5
 # The longer side, in pixels, up to which images are cheap, and from which on smaller ones are made.
 _SMALL, _LARGE = 64, 128
-# Mosaics for a step of reconstruction, each of which costs what four images of half the side do.
-_MOSAIC_BATCH = 12
+# Above 64 px: the side of what a step of reconstruction looks at, and the share of values it leaves unquantized.
+_WINDOW, _DROP = 10, 0.2
 # The pass of the whole network behind the blocks; changed images keep it from learning those it has by heart.
 _DISTILLATION = {
     "distillation.after": "rounding",
@@ -212,18 +213,18 @@ def _candidates(weights: int, activations: int, network: Network, halved: bool, 
     )
     if activations == 8 and weights > 2:
         return [gptq]
-    coarse = activations == 2
+    coarse, large = activations == 2, _side(network) > _SMALL
     blocks: dict[str, Any] = {"activations.method": "mse"} if coarse else {}
+    blocks["reconstruction.range_rate"] = 1e-2 if coarse or large else 3e-3
+    if large:
+        blocks |= {"reconstruction.window": _WINDOW, "reconstruction.drop": _DROP}
     if activations == 8:
         blocks |= {"activations.percentile": 99.99, "reconstruction.drop": 0.0}
-    blocks["reconstruction.range_rate"] = 1e-2 if coarse or _side(network) > _SMALL else 3e-3
-    if "mosaic" in images:
-        blocks["reconstruction.batch"] = _MOSAIC_BATCH
     named = f"W{weights}A{activations}"
-    dropped = ", half of all values unquantized" if activations < 8 else ""
+    dropped = f", {'a fifth' if large else 'half'} of all values unquantized" if activations < 8 else ""
     learned = f"qdrop: at {named} codes and ranges are learned together, block by block{dropped}"
     qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
-    if _side(network) > _SMALL:
+    if large:
         return [qdrop, gptq]
     whole = Choice(
         "qdrop",

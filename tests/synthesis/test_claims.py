@@ -23,7 +23,8 @@ from reverie.synthesis.gdfq import Gdfq
 
 pytestmark = pytest.mark.slow
 
-SEEDS = (0, 1, 2)
+# A third is in docs/log.md.
+SEEDS = (0, 1)
 PUBLISHED = {"refine_steps": 0, "relative": False, "statistics_weight": 1.0}
 
 
