@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,12 @@ from reverie.models import InputContract, Network
 # Steady when the machine is busy, and the same sums in the same order everywhere, in the processes that tests start too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Shapes and types are checked at every call, except in slow tests, a quarter of whose time that takes: quick ones call the same functions."""
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("slow") is not None)
+
 
 TINY_INPUT = InputContract(channels=3, height=16, width=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 TINY_CLASSES = 3
