@@ -200,8 +200,5 @@ def _whole(values: Tensor) -> Tensor:
 
 
 def _picked(values: Tensor, rows: Tensor) -> Tensor:
-    rows = rows.to(values.device)
-    # A view of some positions has its channels last if the whole has, and its rows shall too.
-    if values.dim() == 4 and values.stride(1) == 1 and not values.is_contiguous():
-        return values.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)
-    return values[rows]
+    # A view of some positions of channels-last values gives channels-last rows.
+    return values[rows.to(values.device)]
