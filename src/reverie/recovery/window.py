@@ -63,7 +63,7 @@ class Windows:
         if self._ratios is not None:
             _, _, height, width = self._answer.shape
             # In the middle, where padding is felt on all sides.
-            if self._window((height - side) // 2, (width - side) // 2) is None:
+            if self._window(self._ratios, (height - side) // 2, (width - side) // 2) is None:
                 self._ratios = None
 
     def draw(self, generator: torch.Generator) -> Window | None:
@@ -72,7 +72,7 @@ class Windows:
             return None
         _, _, height, width = self._answer.shape
         top, left = (int(torch.randint(length - self._side + 1, (), generator=generator)) for length in (height, width))
-        return self._window(top, left)
+        return self._window(self._ratios, top, left)
 
     def _found_ratios(self) -> list[tuple[int, int]] | None:
         """How many rows and columns of each source belong to one of the answer; None where there is no whole number, or no need."""
@@ -84,13 +84,11 @@ class Windows:
             return None
         return [(shape[2] // height, shape[3] // width) for shape in shapes]
 
-    def _window(self, top: int, left: int) -> Window | None:
-        assert self._ratios is not None
+    def _window(self, ratios: list[tuple[int, int]], top: int, left: int) -> Window | None:
         side, (_, _, height, width) = self._side, self._answer.shape
         target = Part(slice(top, top + side), slice(left, left + side))
         sources = tuple(
-            Part(slice(top * down, (top + side) * down), slice(left * right, (left + side) * right))
-            for down, right in self._ratios
+            Part(slice(top * down, (top + side) * down), slice(left * right, (left + side) * right)) for down, right in ratios
         )
         # Which borders of the window are the image's own decides what is valid, wherever else it lies.
         borders = (top == 0, left == 0, top + side == height, left + side == width)
