@@ -76,8 +76,8 @@ FRESH = (
     "--set distillation.synthetic=fresh --set images=256 --set distillation.steps=300 --set activations.percentile=99.99 "
     "--set quantization.batch_norm_adaptation=false"
 )
-# Made when what only sums read had four bits like the rest.
-SUMS = "--set quantization.sum_bits=4"
+# Made when what only sums read, and what the stem writes, had four bits like the rest.
+SUMS = "--set quantization.sum_bits=4 --set quantization.stem_bits=4"
 FOUR, THREE, INTEGER = (
     "W4A4, all layers, literature",
     "W3A3, all layers, literature",
@@ -130,7 +130,10 @@ for weights, activations in ((4, 4), (3, 3), (2, 4), (2, 2)):
     ROWS |= {
         f"best-{weights}{activations}": Row(table, "best", "none", chosen),
         f"best-{weights}{activations}-sums": Row(
-            table, f"best, sums in {activations} too", "none", f"{chosen} --set quantization.sum_bits={activations}"
+            table,
+            f"best, sums in {activations} too",
+            "none",
+            f"{chosen} --set quantization.sum_bits={activations} --set quantization.stem_bits={activations}",
         ),
         f"best-real-{weights}{activations}": Row(table, "best", "1,024 real images", f"{chosen} {MORE}"),
     }

@@ -81,7 +81,11 @@ ROWS = {
 }
 # The others put the stream of the network on four bits, and its branches, which only sums read, on eight; here both have four.
 ROWS["resnet20-44-reverie-sums"] = Row(
-    "resnet20", (4, 4), "reverie", "Reverie, best, sums in 4", "--recipe best --set quantization.sum_bits=4"
+    "resnet20",
+    (4, 4),
+    "reverie",
+    "Reverie, best, sums in 4",
+    "--recipe best --set quantization.sum_bits=4 --set quantization.stem_bits=4",
 )
 # Data generation at 224 px as in MCT's tutorial takes hours on a CPU: as many pixels as Reverie's `best`, whose 256 images have half the side.
 SHORT = "--count 64 --iterations 50"

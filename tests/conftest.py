@@ -20,9 +20,14 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# Folders whose tests call the functions that have shapes; the others execute whole runs, of which checks take a quarter of the time.
+_CHECKED = {"graph", "grid", "images", "models", "observers", "recovery", "rounding", "synthesis"}
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Shapes and types are checked at every call, except in slow tests, a quarter of whose time that takes: quick ones call the same functions."""
-    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("slow") is not None)
+    """Shapes and types are checked at every call, except in slow tests and in those of whole runs."""
+    slow = item.get_closest_marker("slow") is not None
+    jaxtyping.config.update("jaxtyping_disable", slow or item.path.parent.name not in _CHECKED)
 
 
 TINY_INPUT = InputContract(channels=3, height=16, width=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

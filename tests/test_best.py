@@ -63,13 +63,15 @@ def pooled():
 def test_of_large_images_more_are_made_in_half_the_size_and_no_class_is_asked_for():
     choice = choose(sized(128, pooled()), bits(4, 4))
     recipe = choice.recipe()
-    assert (recipe.images, recipe.image_scale, recipe.synthesis.steps) == (512, 0.5, 100)
+    assert (recipe.images, recipe.image_scale, recipe.synthesis.steps) == (1024, 0.5, 50)
     assert choice.name == "qdrop" and recipe.distillation.steps == 0
     assert recipe.synthesis.class_weight == 0
-    assert MADE.format(512) in choice.reasons
+    assert LEAVED in choice.reasons
+    assert (recipe.synthesis.start, recipe.synthesis.learning_rate) == ("leaves", 0.05)
 
 
-MADE = "images: {} of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
+MADE = "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
+LEAVED = "images: 1024 of 64 x 64 by zeroq in 50 steps from dead leaves, no class asked for, four of which cost what a whole one does"
 JOINED = "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have"
 
 
@@ -78,7 +80,7 @@ def test_halved_images_are_joined_to_whole_ones_where_activations_have_few_bits(
     choice = choose(sized(128, pooled()), bits(weights, activations))
     recipe = choice.recipe()
     assert (recipe.image_scale, recipe.mosaic) == (0.5, joined)
-    assert choice.reasons[-2:] == (MADE.format(512), JOINED) if joined else choice.reasons[-1] == MADE.format(256)
+    assert choice.reasons[-2:] == (LEAVED, JOINED) if joined else choice.reasons[-1] == MADE
 
 
 def test_images_are_joined_as_the_user_wants_and_where_they_can_be():

@@ -15,10 +15,11 @@ depthwise layers (MobileNetV2 W4A8 loses 1.9 points so, and 4.9 with 4 bits ever
 
 Images: 50 steps from natural noise are worth more than 200 from white noise; the class term harms rounding (ResNet-20, MobileNetV2). Of
 large images, 256 of half the side are worth more than 64 whole ones, and a step costs as much (MobileNetV2). Where activations
-have fewer than 8 bits there are 512, from which the student learns joined 2 x 2 to 256 mosaics, each twice: ranges and codes
+have fewer than 8 bits there are 1,024, from which the student learns joined 2 x 2 to 512 mosaics, each twice: ranges and codes
 are else fitted to borders that whole images do not have (MobileNetV2 W4A4, KL and agreement on photographs: 0.840, 64.5 % from small
-images, 0.663, 71.5 % from mosaics), and to so few images (0.740, 67.2 % from 256; 0.664, 70.3 % from 512). Not with 8 bits, where 256
-small images are as good.
+images, 0.663, 71.5 % from mosaics), and to so few images. They begin as dead leaves, and half as long a descent leaves the first layers
+nearer to those of photographs (0.667, 69.8 % from 512 in 100 steps from natural noise; 0.541, 74.7 %). Not with 8 bits, where 256 small
+images are as good.
 
 Ranges of 2-bit activations are those of the smallest error, of 3 to 7 bits those of 99.9 % of values; they are learned three times
 as fast at 2 bits and above 64 px. There a step looks at 10 x 10 positions of 32 images, which costs what 12 whole ones do and less,
@@ -125,7 +126,9 @@ def choose(
     halved = teacher is not None and _halves(teacher, wanted)
     weights, activations = _fewest_bits(asked)
     joined = halved and _joins(network, activations, wanted)
-    found = _candidates(weights, activations, network, halved, joined, 0 if calibration is None else len(calibration))
+    leaves = joined and wanted.get("synthesis.method", "zeroq") == "zeroq"
+    images, why = _images(network, halved, joined, leaves, 0 if calibration is None else len(calibration))
+    found = _candidates(weights, activations, _side(network) > _SMALL, images, why)
     advice = _advice(asked, network)
     candidates = [
         replace(choice, settings={**choice.settings, **_own_bits(asked)}, reasons=(*choice.reasons, *advice))
@@ -196,9 +199,12 @@ def _own_bits(recipe: Recipe) -> dict[str, int]:
     return weights | ({} if mixed.chooses_activations else {"quantization.activation_bits": settings.activation_bits})
 
 
-def _candidates(weights: int, activations: int, network: Network, halved: bool, joined: bool, real: int) -> list[Choice]:
-    """Better ones first."""
-    images, why = _images(network, halved, joined, real)
+def _candidates(weights: int, activations: int, large: bool, images: dict[str, Any], why: tuple[str, ...]) -> list[Choice]:
+    """Better ones first.
+
+    Args:
+        images, why: What the recipes learn from, and the reasons.
+    """
     if weights == activations == 8:
         return [
             Choice(
@@ -214,7 +220,7 @@ def _candidates(weights: int, activations: int, network: Network, halved: bool, 
     )
     if activations == 8 and weights > 2:
         return [gptq]
-    coarse, large = activations == 2, _side(network) > _SMALL
+    coarse = activations == 2
     blocks: dict[str, Any] = {"activations.method": "mse"} if coarse else {}
     blocks["reconstruction.range_rate"] = 1e-2 if coarse or large else 3e-3
     if large:
@@ -276,7 +282,7 @@ def _bits(weights: int, activations: int) -> dict[str, Any]:
     return {"quantization.weight_bits": weights, "quantization.activation_bits": activations}
 
 
-def _images(network: Network, halved: bool, joined: bool, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _images(network: Network, halved: bool, joined: bool, leaves: bool, real: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """How many images of which kind and size, and why."""
     settings: dict[str, Any] = {"image_scale": 0.5} if halved else {}
     half = network.input.scaled(0.5)
@@ -291,7 +297,7 @@ def _images(network: Network, halved: bool, joined: bool, real: int) -> tuple[di
     if side <= _SMALL:
         count, steps, batch = 1024, 50, 128
     elif halved:
-        count, steps, batch = 512 if joined else 256, 100, 64
+        count, steps, batch = (1024, 50, 64) if joined else (256, 100, 64)
         # Those that agreement is measured on have the network's own size.
         settings["held_out"] = 16
     else:
@@ -304,9 +310,12 @@ def _images(network: Network, halved: bool, joined: bool, real: int) -> tuple[di
         "synthesis.batch": batch,
         "synthesis.class_weight": 0.0,
     }
+    if leaves:
+        settings |= {"synthesis.start": "leaves", "synthesis.learning_rate": 0.05}
+    start = "dead leaves" if leaves else "natural noise"
     beside = f", beside {real} real ones" if real else ""
     more = ", four of which cost what a whole one does" if halved else ""
-    made = f"images: {count}{size} by zeroq in {steps} steps from natural noise, no class asked for{more}{beside}"
+    made = f"images: {count}{size} by zeroq in {steps} steps from {start}, no class asked for{more}{beside}"
     if not joined:
         return settings, (made,)
     settings["mosaic"] = True

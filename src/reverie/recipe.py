@@ -53,6 +53,7 @@ class Quantization:
         placement: "integer" (what an integer runtime executes) or "literature" (for comparison with papers).
         weight_bits, activation_bits: 2 to 8; not read where `mixed_precision` chooses.
         end_bits: Bits of the first and last layer and of what they read; ignored by the literature placement.
+        stem_bits: Bits of what the first layer writes; likewise. BRECQ, QDrop and Genie count it among the ends.
         sum_bits: Bits of what sums and averages read, such as the stream of a residual network; likewise. Layers that read the same tensor read
             it through a grid of `activation_bits`, if those are fewer.
         symmetric: Activations on signed grids whose zero point is 0, for targets without zero points (`tensorrt`); what follows a ReLU
@@ -67,6 +68,7 @@ class Quantization:
     weight_bits: int = 8
     activation_bits: int = 8
     end_bits: int = 8
+    stem_bits: int = 8
     sum_bits: int = 8
     symmetric: bool = False
     equalize: bool = False
@@ -85,7 +87,7 @@ class Quantization:
                 "--placement integer"
             )
         bits = (MIN_BITS, MAX_BITS)
-        check_range(self, weight_bits=bits, activation_bits=bits, end_bits=bits, sum_bits=bits)
+        check_range(self, weight_bits=bits, activation_bits=bits, end_bits=bits, stem_bits=bits, sum_bits=bits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -242,6 +242,7 @@ def student_of(graph: fx.GraphModule, settings: Quantization, bits: Bits | None 
         weight_bits=settings.weight_bits,
         activation_bits=settings.activation_bits,
         end_bits=settings.end_bits,
+        stem_bits=settings.stem_bits,
         sum_bits=settings.sum_bits,
         symmetric=settings.symmetric,
         bits=bits,

@@ -103,7 +103,7 @@ def test_a_target_that_cannot_express_the_run_says_what_it_can(run, capsys):
     said = capsys.readouterr().err.strip()
     assert "tensorrt: input_1: codes must be within -128 to 127 where there are no zero points, got " in said
     assert said.endswith(
-        "; quantize with --set quantization.symmetric=true, or with activations of at most 7 bits (end_bits and sum_bits too)"
+        "; quantize with --set quantization.symmetric=true, or with activations of at most 7 bits (end_bits, stem_bits and sum_bits too)"
     )
     assert not (run / "network.tensorrt.onnx").exists()
 

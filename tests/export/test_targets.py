@@ -207,7 +207,7 @@ def test_a_grid_that_needs_a_zero_point_is_refused_where_there_are_none(quantize
         TensorRT()(network, SHAPE, tmp_path / "network.onnx")
     assert str(caught.value) == (
         "tensorrt: x: codes must be within -128 to 127 where there are no zero points, got -130 to 125; quantize with "
-        "--set quantization.symmetric=true, or with activations of at most 7 bits (end_bits and sum_bits too)"
+        "--set quantization.symmetric=true, or with activations of at most 7 bits (end_bits, stem_bits and sum_bits too)"
     )
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ from reverie.graph.capture import capture
 from reverie.graph.fold import fold_batch_norms
 from reverie.graph.placement import Bits, place
 from reverie.graph.quantized import finish
+from reverie.graph.sums import separate_sums
 from reverie.graph.taps import tap
 from reverie.grid import Grid, symmetric_qparams
 from reverie.observers.minmax import MinMax
@@ -109,6 +110,46 @@ def test_ends_have_their_own_bits(student):
         "b": Grid(4),
         "head": Grid(8),
     }
+
+
+def test_what_the_first_layer_writes_has_bits_of_its_own_until_another_layer_has_a_part_in_it(graph):
+    folded = fold_batch_norms(graph)
+    student = place(folded, "integer", weight_bits=4, activation_bits=5, end_bits=8, stem_bits=7)
+    bits = {name: quantizer.grid.bits for name, quantizer in student.activations.items()}
+    assert bits == {"x": 8, "relu": 7, "clip_hardtanh": 5, "b": 5, "mul": 5, "cat": 5, "adaptive_avg_pool2d": 8}
+    # What layers read through a grid of their own is the stem's too.
+    apart = place(separate_sums(folded), "integer", weight_bits=4, activation_bits=5, end_bits=8, stem_bits=7, sum_bits=6)
+    bits = {name: quantizer.grid.bits for name, quantizer in apart.activations.items()}
+    assert (bits["relu"], bits["max_pool2d_for_layers"], bits["b"]) == (7, 7, 6)
+    literature = place(graph, "literature", weight_bits=4, activation_bits=3, stem_bits=7)
+    assert {quantizer.grid.bits for quantizer in literature.activations.values()} == {3}
+
+
+@pytest.mark.parametrize("network", ["two stems", "input normalized", "read again"])
+def test_the_stem_is_what_comes_from_the_first_layers_alone(network):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x):
+            if network == "input normalized":
+                x = (x - 0.5) / 0.25
+            y = F.silu(self.a(x)) + F.silu(self.b(x)) if network == "two stems" else F.silu(self.a(x))
+            z = self.c(y) * y
+            # A layer that reads the input again, beside what others made.
+            return self.d(torch.cat([z, self.b(x)], 1)[:, :3] if network == "read again" else z)
+
+    student = place(capture(Net().eval(), (3, 4, 4)), "integer", weight_bits=4, activation_bits=5, end_bits=8, stem_bits=7)
+    stem = {name for name, quantizer in student.activations.items() if quantizer.grid.bits == 7}
+    assert (
+        stem
+        == {
+            "two stems": {"a", "b", "silu", "silu_2", "add"},
+            "input normalized": {"a", "silu"},
+            "read again": {"a", "b", "silu"},
+        }[network]
+    )
 
 
 def test_layers_know_their_path_tensors_and_source(student):

@@ -8,7 +8,7 @@ from PIL import Image
 
 LABELLED = {
     "network": {"name": "tiny", "fingerprint": "0123", "classes": 3},
-    "quantization": {"weight_bits": 4, "activation_bits": 8, "sum_bits": 8, "placement": "integer"},
+    "quantization": {"weight_bits": 4, "activation_bits": 8, "stem_bits": 8, "sum_bits": 8, "placement": "integer"},
     "full_precision": {"top1": 0.95, "images": 200},
     "quantized": {"top1": 0.94, "images": 200},
     "exported": {"top1": 0.935, "images": 200},

@@ -56,12 +56,15 @@ def test_the_headline_of_what_was_not_exported_is_about_the_simulation(simulated
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"activation_bits": 4}, "W4A4 (sums in 8)"),
-        ({"activation_bits": 4, "sum_bits": 4}, "W4A4"),
+        ({"activation_bits": 4}, "W4A4 (stem and sums in 8)"),
+        ({"activation_bits": 4, "stem_bits": 4}, "W4A4 (sums in 8)"),
+        ({"activation_bits": 4, "sum_bits": 4}, "W4A4 (stem in 8)"),
+        ({"activation_bits": 4, "stem_bits": 6}, "W4A4 (stem in 6, sums in 8)"),
+        ({"activation_bits": 4, "stem_bits": 4, "sum_bits": 4}, "W4A4"),
         ({"activation_bits": 4, "placement": "literature"}, "W4A4"),
     ],
 )
-def test_bits_of_sums_are_told_where_they_are_more(labelled, settings, text):
+def test_bits_of_stem_and_sums_are_told_where_they_are_more(labelled, settings, text):
     assert outcome.bits_text({"quantization": labelled["quantization"] | settings}) == text
 
 

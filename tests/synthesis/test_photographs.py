@@ -77,7 +77,7 @@ def test_an_unknown_start_is_refused():
     object.__setattr__(method, "start", "grey")
     with pytest.raises(ConfigError) as caught:
         method.__post_init__()
-    assert str(caught.value) == "start must be one of natural, white, got 'grey'"
+    assert str(caught.value) == "start must be one of natural, white, leaves, got 'grey'"
 
 
 class Raw(nn.Module):
@@ -94,6 +94,7 @@ class Raw(nn.Module):
 METHODS = {
     "zeroq": ZeroQ(steps=8, batch=16, class_weight=0.1, variation_weight=0.1),
     "zeroq, white": ZeroQ(steps=8, batch=16, start="white"),
+    "zeroq, leaves": ZeroQ(steps=8, batch=16, start="leaves"),
     "dsg": Dsg(steps=8, batch=16),
     "genie": Genie(steps=4, batch=16),
     "gdfq": Gdfq(steps=2, batch=16, refine_steps=4, latent=8, width=8),

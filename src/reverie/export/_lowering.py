@@ -217,7 +217,7 @@ def _byte_grid(name: str, quantizer: ActivationQuantizer, form: Form) -> tuple[T
         if ends[0] < -128 or ends[1] > 127:
             raise ExportError(
                 f"{name}: codes must be within -128 to 127 where there are no zero points, got {ends[0]} to {ends[1]}; quantize "
-                "with --set quantization.symmetric=true, or with activations of at most 7 bits (end_bits and sum_bits too)"
+                "with --set quantization.symmetric=true, or with activations of at most 7 bits (end_bits, stem_bits and sum_bits too)"
             )
     kind = torch.uint8 if form.zero_points else torch.int8
     shift = centre - zero_point

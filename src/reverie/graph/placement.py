@@ -7,7 +7,8 @@ linear layer; both operands of every add, subtraction, product and concatenation
 average pooling; and what leaves a convolution, behind the activation that clips it. Logits that a linear layer writes stay
 in float: only linear layers have integer kernels that allow it. A tensor that only moved (pooled by maximum, sliced, padded,
 reshaped) is on the grid it was on. Biases are int32. Ends (layers that read the network's input or write its output, what
-the last one reads, and logits on a grid) have `end_bits`. What sums and averages read (both operands of a residual block's sum) has `sum_bits`,
+the last one reads, and logits on a grid) have `end_bits`. What the first layers write has `stem_bits`: BRECQ, QDrop and Genie count it among
+the ends (algorithms 9.2, 10.1). What sums and averages read (both operands of a residual block's sum) has `sum_bits`,
 and layers that read the same tensor read it through a grid of their own (`sums.py`): nothing is multiplied with it, so its bits
 cost no multiplier anything, and the papers leave it in float.
 
@@ -112,6 +113,7 @@ def place(
     weight_bits: int,
     activation_bits: int,
     end_bits: int | None = None,
+    stem_bits: int | None = None,
     sum_bits: int | None = None,
     symmetric: bool = False,
     bits: Bits | None = None,
@@ -121,6 +123,7 @@ def place(
     Args:
         end_bits: Bits at the ends of the network, weights and activations; None means no exception. Ignored (none) by
             the `literature` placement.
+        stem_bits: Bits of what the layers that read the network's input write, as far as no other layer has a part in it; likewise.
         sum_bits: Bits of what additions, subtractions and averages read, no layer, and which is not at an end; likewise. With fewer bits than it
             for layers, `graph` should come from `separate_sums`.
         symmetric: Activations on signed grids whose zero point is 0.
@@ -152,12 +155,15 @@ def place(
     output = graph.graph.output_node().args[0]
     assert isinstance(output, fx.Node)
     end_tensors.add(_origin(output).name)
+    stem = _stem(graph, ends)
     for node in graph.graph.nodes:
         if node not in tensors:
             continue
         usual = activation_bits
         if integer and end_bits is not None and node.name in end_tensors:
             usual = end_bits
+        elif stem_bits is not None and node in stem:
+            usual = stem_bits
         elif integer and sum_bits is not None and is_only_summed(node):
             usual = sum_bits
         activations[node.name] = ActivationQuantizer(Grid(bits.activations.get(node.name, usual), signed=symmetric))
@@ -271,3 +277,19 @@ def _ends(graph: fx.GraphModule) -> set[fx.Node]:
                     seen.add(near)
                     frontier.append(near)
     return ends
+
+
+def _stem(graph: fx.GraphModule, ends: set[fx.Node]) -> set[fx.Node]:
+    """What the layers that read the network's input write, and what is computed from nothing else."""
+    known, data = set(layers(graph)), data_nodes(graph)
+    unlayered: set[fx.Node] = set()
+    stem: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node not in data:
+            continue
+        read = [source for source in node.all_input_nodes if source in data]
+        if node.op == "placeholder" or (node not in known and unlayered.issuperset(read)):
+            unlayered.add(node)
+        elif (node in ends and unlayered.issuperset(read)) or (node not in known and stem.union(unlayered).issuperset(read)):
+            stem.add(node)
+    return stem

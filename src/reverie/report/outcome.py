@@ -154,15 +154,20 @@ def seconds_text(seconds: dict[str, float]) -> str:
 
 
 def bits_text(metrics: dict[str, Any]) -> str:
-    """Such as `W4A8`, `W4A4 (sums in 8)`, or `mixed W3.99A8` with the means over all tensors."""
+    """Such as `W4A8`, `W4A4 (stem and sums in 8)`, or `mixed W3.99A8` with the means over all tensors."""
     mixed = metrics.get("mixed_precision")
     if mixed is not None:
         # Without a tensor on a grid, activations are in float.
         return f"mixed W{mixed['effective_bits']:.3g}A{mixed.get('effective_activation_bits', 32):.3g}"
     settings = metrics["quantization"]
     text = f"W{settings['weight_bits']}A{settings['activation_bits']}"
-    apart = settings["placement"] == "integer" and settings["activation_bits"] < settings["sum_bits"]
-    return f"{text} (sums in {settings['sum_bits']})" if apart else text
+    more = {"stem": settings["stem_bits"], "sums": settings["sum_bits"]}
+    more = {
+        what: bits for what, bits in more.items() if settings["placement"] == "integer" and settings["activation_bits"] < bits
+    }
+    if len(more) == 2 and len(set(more.values())) == 1:
+        more = {"stem and sums": settings["sum_bits"]}
+    return f"{text} ({', '.join(f'{what} in {bits}' for what, bits in more.items())})" if more else text
 
 
 def mixed_precision_text(mixed: dict[str, Any]) -> str:

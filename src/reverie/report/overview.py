@@ -199,8 +199,9 @@ def _number(value: Any) -> float | None:
 
 
 def _older(settings: dict[str, Any]) -> dict[str, Any]:
-    """What runs of older versions did not say: sums had the bits of activations."""
-    return {"placement": "integer", "sum_bits": settings["activation_bits"]} | settings
+    """What runs of older versions did not say: sums and stems had the bits of activations."""
+    bits = settings["activation_bits"]
+    return {"placement": "integer", "stem_bits": bits, "sum_bits": bits} | settings
 
 
 def _is_locked(path: Path) -> bool:

@@ -35,6 +35,7 @@ from reverie.plugins import name_of
 from reverie.progress import Progress, loss_note
 from reverie.randomness import Seed
 from reverie.synthesis import Teacher, batches, lacks_batch_norm
+from reverie.synthesis._leaves import dead_leaves
 from reverie.synthesis._losses import total_variation
 from reverie.synthesis._photographs import natural_noise, to_inputs
 
@@ -42,7 +43,7 @@ from reverie.synthesis._photographs import natural_noise, to_inputs
 _STEPS_BETWEEN_NOTES = 10
 
 Alignment = Callable[[Tensor, Statistics], Tensor]
-Start = Literal["natural", "white"]
+Start = Literal["natural", "white", "leaves"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,8 @@ class PixelMethod(BatchMethod):
 
     Args:
         learning_rate: Of the first step, where photographs deviate by 1.
-        start: What pixels are at first: "natural", noise with the spectrum and colours of photographs, or "white" noise.
+        start: What pixels are at first: "natural", noise with the spectrum and colours of photographs; "leaves", things of all sizes
+            before each other, which have edges too (`_leaves.py`); or "white" noise.
         clamp: Keep pixels valid (between black and white) after each step.
     """
 
@@ -183,9 +185,12 @@ class PixelMethod(BatchMethod):
         unfinished: Unfinished,
     ) -> Float[Tensor, "size channels height width"]:
         """From noise on, by `descend`."""
-        pixels = natural_noise(noise) if self.start == "natural" else noise
+        if self.start == "natural":
+            noise = natural_noise(noise)
+        elif self.start == "leaves":
+            noise = dead_leaves(noise, seed.at("leaves").generator())
         return descend(
-            pixels,
+            noise,
             loss,
             teacher.input,
             steps=self.steps,
