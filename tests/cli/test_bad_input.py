@@ -364,9 +364,10 @@ def test_an_interrupted_command_says_how_to_go_on_with_status_130(capsys, nets):
     assert message(capsys) == "interrupted; run the same command again to resume"
 
 
-def test_an_error_of_our_own_is_not_hidden():
-    with pytest.raises(TypeError):
-        main([object()])
+def test_an_error_of_our_own_is_not_hidden(monkeypatch, nets):
+    monkeypatch.setattr("reverie.graph.summary.summarize", None)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        main(["inspect", f"{nets}:plain", *SHAPE])
 
 
 def test_a_folder_with_another_run_is_refused_before_any_image_is_read(capsys, monkeypatch, tmp_path):
