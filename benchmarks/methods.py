@@ -196,6 +196,10 @@ for network, title, named in (
                 f"{named} --recipe best --effective-bits 4 --activation-bits {activations}",
             ),
         }
+    # The last table and command of the loop: W4A4.
+    ROWS[f"{network}-best-apart-44"] = Row(
+        table, "best", "1,000 real images beside", f"{chosen} --calibration {{assets}}/data/imagenet_sample"
+    )
     ROWS[f"{network}-best-means-44"] = Row(
         f"{title}, W4A4 on average, integer, exported",
         "best, weights and activations of 4 bits on average",

@@ -90,7 +90,8 @@ def test_images_are_joined_as_the_user_wants_and_where_they_can_be():
         (even, {"mosaic": False}, None, 0.5, False),
         (even, bits(4, 8) | {"mosaic": True}, None, 0.5, True),
         (even, {"image_scale": 1.0}, None, 1.0, False),
-        (even, {}, real, 0.5, False),
+        (even, {}, real, 0.5, True),
+        (even, {"mosaic": False}, real, 0.5, False),
         (odd, {}, None, 0.5, False),
     ):
         settings = bits(4, 4) | wanted
@@ -145,9 +146,37 @@ def test_a_network_with_depthwise_layers_is_told_to_share_its_bits_out():
 
 def test_real_images_alone_are_halved_too_and_it_says_so():
     real = Images(inputs=torch.zeros(1024, 3, 128, 128), sources=("real",) * 1024)
-    choice = choose(sized(128, pooled()), bits(4, 4), calibration=real)
+    choice = choose(sized(128, pooled()), bits(4, 8), calibration=real)
     assert choice.recipe().image_scale == 0.5
     assert choice.reasons[-1] == "images: the 1024 real ones alone, scaled down to 64 x 64"
+
+
+@pytest.mark.parametrize(
+    ("real", "wanted", "apart"),
+    [
+        (400, {}, True),
+        (3000, {}, True),
+        (399, {}, False),
+        (400, {"real_share": 0.5}, False),
+        (400, {"distillation.steps": 0}, False),
+        (400, {"mosaic": False}, False),
+        (400, bits(4, 8), False),
+    ],
+)
+def test_where_mosaics_are_rounded_on_many_real_images_are_kept_for_distillation(real, wanted, apart):
+    images = Images(inputs=torch.zeros(1).expand(real, 3, 128, 128), sources=("real",) * real)
+    settings = bits(4, 4) | wanted
+    choice = choose(sized(128, pooled()), settings, calibration=images)
+    recipe = choice.recipe(settings)
+    assert recipe.real_apart == apart
+    assert (recipe.distillation.steps, recipe.distillation.learned_weights) == ((150, False) if apart else (0, True))
+    told = "distillation: biases and scales of the whole network, on the real images alone"
+    assert (told in choice.reasons) == apart
+    if apart:
+        assert recipe.images == 1024
+        assert choice.reasons[2].endswith(
+            f"no class asked for, four of which cost what a whole one does, beside {real} real ones"
+        )
 
 
 @pytest.mark.parametrize(("real", "synthetic"), [(10, 1024), (1024, 0), (3000, 0)])

@@ -264,6 +264,33 @@ def test_a_share_of_one_teaches_with_real_images_alone(network, real, tmp_path):
     assert done.metrics["distillation"]["images_of_a_step"] == {"real": 16}
 
 
+def test_real_images_kept_apart_are_distilled_on_alone_and_decide_no_range(network, real, tmp_path):
+    settings = {
+        "real_apart": True,
+        "distillation.steps": 3,
+        "distillation.after": "rounding",
+        "distillation.learned_weights": False,
+    }
+    settings["distillation.batch"] = 16
+    done = run(quick("gptq", settings), network, output=tmp_path / "run", calibration=real)
+    assert done.metrics["images"]["source"]["real"] == 12
+    assert set(done.metrics["calibration"]) == {"zeroq"}
+    assert done.metrics["distillation"]["images_of_a_step"] == {"real": 16}
+    without = run(quick("gptq", settings | {"images": 0}), network, output=tmp_path / "alone", calibration=real)
+    assert without.metrics["calibration"] == {"real": 12}
+
+
+@pytest.mark.parametrize("more", [{"distillation.steps": 0}, {"real_share": 0.5}])
+def test_real_images_are_kept_apart_only_for_a_distillation_on_them_alone(more):
+    share, steps = more.get("real_share", 0), more.get("distillation.steps", 4)
+    with pytest.raises(ConfigError) as error:
+        read("zeroq", {"real_apart": True, "distillation.steps": 4} | more)
+    assert str(error.value) == (
+        f"recipe zeroq: real_apart must be false with real_share = {share:g} and distillation.steps = {steps}, got true; "
+        "it distils on real images alone: use --set real_share=0 and at least one step, or --set real_apart=false"
+    )
+
+
 def test_distillation_goes_on_from_rounding(network, tmp_path):
     three = {"quantization.weight_bits": 3, "distillation.after": "rounding"}
     recipes = {steps: quick("gptq", three | {"distillation.steps": steps}) for steps in (0, 4)}

@@ -164,7 +164,8 @@ def forecast(
     if not only_images:
         reference, student = trial_student(recipe, learning)
         units = len(find_units(reference, recipe.reconstruction.unit))
-        sets = (recipe.learned_images, 0 if calibration is None else len(calibration))
+        real = 0 if calibration is None else len(calibration)
+        sets = (recipe.learned_images, 0 if recipe.keeps_apart(recipe.images, real) else real)
         seen = sum(min(count, recipe.calibration_images) for count in sets)
         parts += _quantization(recipe, costs, units, seen, _image_seconds(student.graph, learning), whole)
         size = _EXPORT + _EACH_MILLION * sum(tensor.numel() for tensor in network.module.parameters()) / 1e6

@@ -101,9 +101,9 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
         recipe.held_out + recipe.estimate_images
     )
     read = sum(part.inputs.numel() * 4 for part in sets.values() if part is not None)
-    learned = min(recipe.calibration_images, recipe.learned_images) + (
-        0 if sets.get("calibration") is None else min(recipe.calibration_images, len(sets["calibration"] or ()))
-    )
+    real = len(sets.get("calibration") or ())
+    seen = 0 if recipe.keeps_apart(recipe.images, real) else real
+    learned = min(recipe.calibration_images, recipe.learned_images) + min(recipe.calibration_images, seen)
     held = _LIBRARIES + 6 * weights + made + read + learned * image * small
     stages: dict[str, float] = {
         "calibrate": held + min(_WALK, learned) * 4 * largest * small,

@@ -53,6 +53,7 @@ from reverie.stages import (
     learned_from,
     method_name,
     plan,
+    rounded_on,
     share_weights,
     source_of,
     student_of,
@@ -279,7 +280,7 @@ def quantize(
     """
     settings = recipe.quantization
     reference, student = student_of(teacher.graph, settings, recipe.bits)
-    few = {name: part.evenly(recipe.calibration_images) for name, part in images.items()}
+    few = {name: part.evenly(recipe.calibration_images) for name, part in rounded_on(recipe, images).items()}
     inputs = torch.cat([part.inputs for part in few.values()]).to(teacher.device)
     checkpoints, seed = checkpoints_of(directory), Seed(recipe.seed)
     learned: dict[str, Any] = {"calibration": {name: len(part) for name, part in few.items()}}

@@ -108,6 +108,8 @@ class Recipe:
             are no labels; 0 for no estimate.
         real_share: Share of real images in what is learned from, where there are real and synthetic ones, up to 0.9, or 1; 0 means
             in proportion to their numbers, but at most half of a batch of distillation.
+        real_apart: Whether ranges and codes are learned from the synthetic images alone, and the whole network distilled on the real ones
+            alone, where there are both: images that codes were fitted to have little to say about what is left over.
         synthesis, activations, weights, rounding, export: The methods.
         quantization, mixed_precision, clipping, reconstruction, distillation: The numbers of the stages.
         bits: Of single tensors by name, such as `weights = {fc = 8}`; they win over all else.
@@ -121,6 +123,7 @@ class Recipe:
     held_out: int = 32
     estimate_images: int = 32
     real_share: float = 0.0
+    real_apart: bool = False
     synthesis: Synthesis = field(default_factory=ZeroQ)
     quantization: Quantization = field(default_factory=Quantization)
     bits: Bits = field(default_factory=Bits)
@@ -150,6 +153,11 @@ class Recipe:
                 f"distillation.class_weight must be 0 with mosaic, got {self.distillation.class_weight:g}; an image joined of several "
                 "has no one label: use --set mosaic=false"
             )
+        if self.real_apart and (self.real_share or not self.distillation.steps):
+            raise ConfigError(
+                f"real_apart must be false with real_share = {self.real_share:g} and distillation.steps = {self.distillation.steps}, got true; "
+                "it distils on real images alone: use --set real_share=0 and at least one step, or --set real_apart=false"
+            )
         if 0.9 < self.real_share < 1:
             raise ConfigError(
                 f"real_share must be at most 0.9, or 1, got {self.real_share}; beside a fixed number of synthetic images a batch "
@@ -170,8 +178,14 @@ class Recipe:
         """The share of real images in a batch of distillation, where there are `synthetic` and `real` images in all."""
         if not synthetic or not real:
             return float(not synthetic)
+        if self.keeps_apart(synthetic, real):
+            return 1.0
         # In proportion, a thousand photographs beside 64 synthetic images would be a batch of a thousand.
         return self.real_share or min(real / (real + synthetic), 0.5)
+
+    def keeps_apart(self, synthetic: int, real: int) -> bool:
+        """Whether ranges and codes are learned without the real images, where there are `synthetic` and `real` ones in all."""
+        return self.real_apart and bool(synthetic and real)
 
     def distils_after(self, stage: After) -> bool:
         """Whether there is a distillation, and it follows that stage."""

@@ -299,6 +299,12 @@ def decide_bits(
     )
 
 
+def rounded_on(recipe: Recipe, images: dict[str, Images]) -> dict[str, Images]:
+    """Of the sets by name, those that ranges and codes are learned from."""
+    apart = recipe.keeps_apart(len(images) - ("real" in images), "real" in images)
+    return {name: part for name, part in images.items() if not (apart and name == "real")}
+
+
 def share_weights(recipe: Recipe, images: dict[str, Images]) -> Tensor | None:
     """How often each image is to be drawn; None for all alike."""
     if not recipe.real_share or len(images) == 1:

@@ -179,6 +179,30 @@ def test_nothing_but_what_is_learned_changes_and_nothing_stays_in_training(teach
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("decided", [False, True])
+def test_biases_and_scales_alone_bring_answers_closer_while_weights_stay_what_they_are(teachers, images, hard, kind, decided):
+    teacher = teachers[kind]
+    student = calibrated(teacher, kind, images)
+    weights = {name: student.graph.get_buffer(layer.weight).clone() for name, layer in student.layers.items()}
+    codes = {name: student.weights[name].final_codes(weight).float() for name, weight in weights.items()}
+    if decided:
+        for name, quantizer in student.weights.items():
+            quantizer.set_codes(codes[name])
+
+    def judged():
+        with torch.no_grad():
+            return kl(teacher(hard), student.graph(hard)).mean()
+
+    before = judged()
+    distilled(teacher, student, shuffled(images), steps=60, learned_weights=False, weight_ranges="fixed", learning_rate=2e-3)
+    assert judged() < 0.9 * before
+    for name, layer in student.layers.items():
+        assert torch.equal(student.weights[name].final_codes(student.graph.get_buffer(layer.weight)).float(), codes[name]), name
+        if not decided:
+            assert torch.equal(student.graph.get_buffer(layer.weight), weights[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_ranges_that_follow_the_weights_end_at_their_smallest_and_largest(teachers, images, kind):
     student = calibrated(teachers[kind], kind, images)
     distilled(teachers[kind], student, shuffled(images), weight_ranges="minmax", learning_rate=1e-2)

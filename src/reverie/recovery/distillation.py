@@ -6,7 +6,7 @@ brought every unit near its own and knows nothing of what the others left over.
     loss = kl_weight * temperature^2 * KL( softmax(t / temperature) || softmax(o / temperature) ) + class_weight * CE(o, y)
 
 t and o are the teacher's and the student's logits, y the label; KL is the mean over the batch of sums over classes. Learned
-are the weights (rounded to nearest at every step, straight-through), biases, gains and biases of batch norms, and, if
+are the weights (rounded to nearest at every step, straight-through; or they stay), biases, gains and biases of batch norms, and, if
 asked, the scales of grids (Esser et al. 2020, LSQ). Running statistics stay.
 
 Reference: the student's side of GDFQ, ClusterQ, DSG and FDDA (algorithms 1.6, 2.4): temperature 20; kl_weight 1 in
@@ -65,6 +65,8 @@ class Distillation:
             "learned" learns scales.
         learned_ranges: Whether the scales of activations are learned, or stay frozen (the literature).
         scale_rate: Learning rate of scales, relative to themselves.
+        learned_weights: Whether weights are learned, or stay what they are and only biases, norms and scales are: few numbers, which a few
+            hundred photographs teach better than all of them.
         smallest_crop: Least share of its area that a crop of a synthetic image shows, 1 for no crops; 0.5 in FDDA.
         smallest_real_crop: The same for a real image; 0.08 in FDDA.
         flip: Whether images are mirrored where they are changed at all; off for digits, signs and the like.
@@ -85,6 +87,7 @@ class Distillation:
     weight_ranges: WeightRanges = "learned"
     learned_ranges: bool = True
     scale_rate: float = 1e-3
+    learned_weights: bool = True
     smallest_crop: float = 1.0
     smallest_real_crop: float = 0.5
     flip: bool = True
@@ -146,7 +149,7 @@ def distil(
         DivergenceError: The loss is lost; the last checkpoint is from before.
     """
     weights, scales = _learn(student, settings)
-    gains = _gains(teacher, student)
+    gains = _gains(teacher, student) if settings.learned_weights else {}
     groups: list[dict[str, Any]] = [
         {"params": list(weights.values()), "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
         {"params": list(scales.values()), "lr": settings.scale_rate, "weight_decay": 0.0},
@@ -221,7 +224,9 @@ def divergence(
 def _learn(student: Student, settings: Distillation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is learned, by name: tensors of the graph, which become leaves with gradients; and the gains of scales."""
     graph = student.graph
-    names = {name for layer in student.layers.values() for name in (layer.weight, layer.bias) if name is not None}
+    names = {layer.bias for layer in student.layers.values() if layer.bias is not None}
+    if settings.learned_weights:
+        names |= {layer.weight for layer in student.layers.values()}
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is BATCH_NORM:
             named = arguments(node)
