@@ -38,6 +38,11 @@ def test_the_estimate_grows_with_what_it_depends_on(tiny_cnn):
     assert peak(images=4096).peak - peak(images=64).peak >= 4 * 3 * 16 * 16 * (4096 - 64)
     held = memory.estimate(read("zeroq"), network, {"evaluation": tiny_cnn().held_out()})
     assert held.stages["measure"] - peak().stages["measure"] == 300 * 4 * 3 * 16 * 16
+    real = {"calibration": tiny_cnn().held_out()}
+    mixed, apart = ({"distillation.steps": 1, "real_apart": value} for value in (False, True))
+    rounded = (memory.estimate(read("qdrop", settings), network, real).stages["round"] for settings in (mixed, apart))
+    # What units read and answer, and the images themselves.
+    assert next(rounded) - next(rounded) > 256 * 4 * 3 * 16 * 16
     assert peak("clusterq").stages.keys() == {"synthesize", "calibrate", "distil", "round", "measure"}
     assert small.told() == f"memory: about {small.peak / 2**30:.1f} GiB at the peak ({small.stage}), estimated"
 
