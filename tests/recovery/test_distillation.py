@@ -202,6 +202,21 @@ def test_biases_and_scales_alone_bring_answers_closer_while_weights_stay_what_th
             assert torch.equal(student.graph.get_buffer(layer.weight), weights[name]), name
 
 
+def test_where_there_is_nothing_to_learn_it_says_so():
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False)
+    )
+    teacher = fold_batch_norms(capture(module.eval(), (3, 3, 3)))
+    images = Images(inputs=torch.randn(200, 3, 3, 3), labels=torch.zeros(200, dtype=torch.long))
+    student = calibrated(teacher, "integer", images)
+    with pytest.raises(ConfigError) as error:
+        distilled(teacher, student, shuffled(images), learned_weights=False, weight_ranges="fixed", learned_ranges=False)
+    assert str(error.value) == (
+        "distillation.learned_weights must be true for a network without biases where no scale is learned, got false; leave it out, "
+        "or use --set distillation.learned_ranges=true"
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranges_that_follow_the_weights_end_at_their_smallest_and_largest(teachers, images, kind):
     student = calibrated(teachers[kind], kind, images)

@@ -145,7 +145,7 @@ def distil(
         source: Of `settings.steps` batches.
 
     Raises:
-        ConfigError: Labels are asked for, and a batch has none.
+        ConfigError: Labels are asked for, and a batch has none; or there is nothing to learn.
         DivergenceError: The loss is lost; the last checkpoint is from before.
     """
     weights, scales = _learn(student, settings)
@@ -155,6 +155,11 @@ def distil(
         {"params": list(scales.values()), "lr": settings.scale_rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError(
+            "distillation.learned_weights must be true for a network without biases where no scale is learned, got false; leave it out, "
+            "or use --set distillation.learned_ranges=true"
+        )
     learned = weights | scales
     optimizer = (
         torch.optim.Adam(groups) if settings.optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9, nesterov=True)
