@@ -73,6 +73,7 @@ def test_of_large_images_more_are_made_in_half_the_size_and_no_class_is_asked_fo
 MADE = "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
 LEAVED = "images: 1024 of 64 x 64 by zeroq in 50 steps from dead leaves, no class asked for, four of which cost what a whole one does"
 JOINED = "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have"
+MAGNIFIED = "magnified: a random part of every second mosaic, as few bits would be fitted to sharp pictures alone"
 
 
 @pytest.mark.parametrize(("weights", "activations", "joined"), [(4, 4, True), (8, 7, True), (2, 8, False), (4, 8, False)])
@@ -80,7 +81,8 @@ def test_halved_images_are_joined_to_whole_ones_where_activations_have_few_bits(
     choice = choose(sized(128, pooled()), bits(weights, activations))
     recipe = choice.recipe()
     assert (recipe.image_scale, recipe.mosaic) == (0.5, joined)
-    assert choice.reasons[-2:] == (LEAVED, JOINED) if joined else choice.reasons[-1] == MADE
+    assert recipe.magnified_share == (0.5 if joined else 0)
+    assert choice.reasons[-3:] == (LEAVED, JOINED, MAGNIFIED) if joined else choice.reasons[-1] == MADE
 
 
 def test_images_are_joined_as_the_user_wants_and_where_they_can_be():
@@ -159,7 +161,13 @@ def test_real_images_alone_are_halved_too_and_it_says_so():
         (399, {}, False),
         (400, {"real_share": 0.5}, False),
         (400, {"distillation.steps": 0}, False),
+        (400, {"distillation.after": "calibration"}, False),
+        (400, {"distillation.after": "rounding"}, True),
+        (400, {"real_share": 0.0}, True),
+        (400, {"real_apart": False}, False),
+        (10, {"real_apart": True}, True),
         (400, {"mosaic": False}, False),
+        (400, {"images": 0}, False),
         (400, bits(4, 8), False),
     ],
 )
@@ -177,6 +185,28 @@ def test_where_mosaics_are_rounded_on_many_real_images_are_kept_for_distillation
         assert choice.reasons[2].endswith(
             f"no class asked for, four of which cost what a whole one does, beside {real} real ones"
         )
+
+
+def test_how_long_is_distilled_on_real_images_is_the_users_to_say():
+    images = Images(inputs=torch.zeros(1).expand(400, 3, 128, 128), sources=("real",) * 400)
+    settings = bits(4, 4) | {"distillation.steps": 20}
+    recipe = choose(sized(128, pooled()), settings, calibration=images).recipe(settings)
+    assert (recipe.real_apart, recipe.distillation.steps, recipe.distillation.learned_weights) == (True, 20, False)
+
+
+def test_real_images_in_place_of_mosaics_are_whole_and_told_so():
+    images = Images(inputs=torch.zeros(1).expand(400, 3, 128, 128), sources=("real",) * 400)
+    settings = bits(4, 4) | {"images": 0}
+    choice = choose(sized(128, pooled()), settings, calibration=images)
+    recipe = choice.recipe(settings)
+    assert (recipe.images, recipe.image_scale, recipe.mosaic, recipe.magnified_share) == (0, 1, False, 0)
+    assert choice.reasons[1:] == ("images: the 400 real ones alone",)
+
+
+def test_what_the_user_magnifies_is_not_given_as_a_choice():
+    settings = bits(4, 4) | {"magnified_share": 0.0}
+    choice = choose(sized(128, pooled()), settings)
+    assert JOINED in choice.reasons and MAGNIFIED not in choice.reasons
 
 
 @pytest.mark.parametrize(("real", "synthetic"), [(10, 1024), (1024, 0), (3000, 0)])

@@ -103,6 +103,14 @@ def test_memory_grows_with_what_is_kept_up_to_the_cache(tiny_cnn):
     assert many == estimate(read("qdrop", QUICK | keys), as_teacher(tiny_cnn()), {}).peak
 
 
+def test_real_images_that_are_kept_apart_are_forecast_too(tiny_cnn):
+    apart = {"real_apart": True, "distillation.steps": 3, "distillation.after": "rounding"}
+    recipe, real = read("qdrop", QUICK | apart | {"reconstruction.iterations": 3}), tiny_cnn().held_out().evenly(8)
+    assert "quantize" in {part.stage for part in forecast(recipe, tiny_cnn(), calibration=real).parts}
+    found = forecast(recipe, tiny_cnn(), calibration=real, only_images=True)
+    assert {part.stage for part in found.parts} == {"capture", "synthesize", "measure"}
+
+
 def test_images_alone_take_no_quantization(tiny_cnn):
     found = forecast(read("gdfq", QUICK), tiny_cnn(), only_images=True)
     assert {part.stage for part in found.parts} == {"capture", "synthesize", "measure"}

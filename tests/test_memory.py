@@ -36,6 +36,7 @@ def test_the_estimate_grows_with_what_it_depends_on(tiny_cnn):
     small = peak(synthesis__batch=8)
     assert peak(synthesis__batch=64).stages["synthesize"] > small.stages["synthesize"]
     assert peak(images=4096).peak - peak(images=64).peak >= 4 * 3 * 16 * 16 * (4096 - 64)
+    assert peak(images=512, magnified_share=0.5).peak - peak(images=512).peak == 512 * 4 * 3 * 16 * 16
     held = memory.estimate(read("zeroq"), network, {"evaluation": tiny_cnn().held_out()})
     assert held.stages["measure"] - peak().stages["measure"] == 300 * 4 * 3 * 16 * 16
     real = {"calibration": tiny_cnn().held_out()}
@@ -45,6 +46,15 @@ def test_the_estimate_grows_with_what_it_depends_on(tiny_cnn):
     assert next(rounded) - next(rounded) > 256 * 4 * 3 * 16 * 16
     assert peak("clusterq").stages.keys() == {"synthesize", "calibrate", "distil", "round", "measure"}
     assert small.told() == f"memory: about {small.peak / 2**30:.1f} GiB at the peak ({small.stage}), estimated"
+
+
+def test_what_finds_no_room_in_the_cache_is_told_beside_the_peak(tiny_cnn):
+    network, settings = as_teacher(tiny_cnn()), {"images": 20_000, "calibration_images": 20_000}
+    all_in_memory = memory.estimate(read("qdrop", settings | {"reconstruction.cache_gib": 100.0}), network, {})
+    in_files = memory.estimate(read("qdrop", settings | {"reconstruction.cache_gib": 0.5}), network, {})
+    assert all_in_memory.mapped == 0 and "files" not in all_in_memory.told()
+    assert in_files.cache == 2**29 and abs(in_files.cache + in_files.mapped - all_in_memory.cache) <= 1
+    assert in_files.told().endswith(f", estimated, and up to {in_files.mapped / 2**30:.1f} GiB of files while there is room")
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(tiny_cnn, tmp_path):

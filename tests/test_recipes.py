@@ -270,14 +270,26 @@ def test_real_images_kept_apart_are_distilled_on_alone_and_decide_no_range(netwo
         "distillation.steps": 3,
         "distillation.after": "rounding",
         "distillation.learned_weights": False,
+        "distillation.batch": 16,
+        "quantization.bias_correction": False,
     }
-    settings["distillation.batch"] = 16
     done = run(quick("gptq", settings), network, output=tmp_path / "run", calibration=real)
     assert done.metrics["images"]["source"]["real"] == 12
     assert set(done.metrics["calibration"]) == {"zeroq"}
     assert done.metrics["distillation"]["images_of_a_step"] == {"real": 16}
+    told = "distillation: 3 steps, each on 16 real images; weights were kept, biases, norms and scales learned"
+    assert told in outcome.learning_notes(done.metrics)
     without = run(quick("gptq", settings | {"images": 0}), network, output=tmp_path / "alone", calibration=real)
     assert without.metrics["calibration"] == {"real": 12}
+
+
+def test_what_was_learned_on_real_images_kept_apart_is_not_corrected_on_others():
+    with pytest.raises(ConfigError) as error:
+        read("zeroq", {"real_apart": True, "distillation.steps": 4})
+    assert str(error.value) == (
+        "recipe zeroq: quantization.bias_correction must be false with real_apart, got true; it would correct on synthetic images what was "
+        "learned on real ones: use --set quantization.bias_correction=false"
+    )
 
 
 @pytest.mark.parametrize("more", [{"distillation.steps": 0}, {"real_share": 0.5}])

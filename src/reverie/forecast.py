@@ -189,6 +189,7 @@ def _images_alone(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         held_out=0,
+        real_apart=False,
         rounding=Nearest(),
         distillation=replace(recipe.distillation, steps=0),
         clipping=replace(recipe.clipping, images=0),

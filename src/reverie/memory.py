@@ -47,11 +47,14 @@ class Estimate:
         stages: By name.
         lower: For each stage, what makes it smaller.
         cache: Of the stage "round", what may as well lie on the disk.
+        mapped: What lies there for want of room, at most: the system keeps such files in memory while there is some, and takes it back from
+            them first. No stage counts it, though a resident set shows it.
     """
 
     stages: dict[str, int]
     lower: dict[str, str]
     cache: int
+    mapped: int = 0
 
     @property
     def stage(self) -> str:
@@ -65,7 +68,8 @@ class Estimate:
 
     def told(self) -> str:
         """For the user."""
-        return f"memory: about {self.peak / _GIB:.1f} GiB at the peak ({self.stage}), estimated"
+        files = f", and up to {self.mapped / _GIB:.1f} GiB of files while there is room" if self.mapped > _GIB / 10 else ""
+        return f"memory: about {self.peak / _GIB:.1f} GiB at the peak ({self.stage}), estimated{files}"
 
     def cache_within(self, limit: float) -> float:
         """GiB that are left for the cache of reconstruction.
@@ -97,9 +101,9 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
     area = recipe.image_scale**2
     small = 1.0 if recipe.mosaic else area
     image = 4 * network.input.channels * network.input.height * network.input.width
-    made = recipe.images * image * area * (1 + (recipe.mosaic or recipe.real_share > 0)) + image * (
-        recipe.held_out + recipe.estimate_images
-    )
+    # Mosaics show every image twice.
+    copied = 2 if recipe.mosaic else int(recipe.magnified_share > 0 or recipe.real_share > 0)
+    made = recipe.images * image * area * (1 + copied) + image * (recipe.held_out + recipe.estimate_images)
     read = sum(part.inputs.numel() * 4 for part in sets.values() if part is not None)
     real = len(sets.get("calibration") or ())
     seen = 0 if recipe.keeps_apart(recipe.images, real) else real
@@ -125,23 +129,24 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
         size = batch if isinstance(own, Streaming) and recipe.distillation.synthetic != "kept" else recipe.distillation.batch
         stages["distil"] = held + 3 * size * total * small + 16 * weights
         lower["distil"] = f"distillation.batch (now {recipe.distillation.batch}) with --set"
-    cache = 0.0
+    cache = mapped = 0.0
     if recipe.rounding.needs == "reconstruction":
         settings = recipe.reconstruction
         # What the student's unit reads, what the teacher's unit reads and answers, and a shortcut that passes by; of what Fisher weighs, all
         # units' answers at once.
         rows = 4 * largest + (total / 3 if settings.fisher else 0)
         cache = min(settings.cache_gib * _GIB, learned * rows * small)
+        mapped = learned * rows * small - cache
         stages["round"] = held + cache + 2 * min(settings.batch, max(learned, 1)) * total * small / 3 + 20 * largest
         lower["round"] = (
             f"reconstruction.batch (now {settings.batch}) or calibration_images (now {recipe.calibration_images}) with --set"
         )
-    return Estimate({name: int(size) for name, size in stages.items()}, lower, int(cache))
+    return Estimate({name: int(size) for name, size in stages.items()}, lower, int(cache), int(mapped))
 
 
 def estimate_images_alone(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]) -> Estimate:
     """As `estimate`, of a run that makes images and nothing of them."""
-    found = estimate(replace(recipe, held_out=0, estimate_images=0), network, sets)
+    found = estimate(replace(recipe, held_out=0, estimate_images=0, magnified_share=0.0), network, sets)
     # Images that nothing is optimised for are held, like those that are walked through the network.
     stage = "synthesize" if "synthesize" in found.stages else "calibrate"
     return Estimate({"synthesize": found.stages[stage]}, {"synthesize": found.lower[stage]}, 0)

@@ -24,6 +24,7 @@ from reverie.files import atomic_json
 from reverie.graph.placement import Student
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.images import Images
+from reverie.images.magnify import magnified_count
 from reverie.images.store import load_images, save_images, show_images
 from reverie.models import Network
 from reverie.progress import Progress, Renamed, Silent
@@ -163,7 +164,6 @@ def run(
             shown = None if images is None else learned_from(recipe, teacher, images)
         parts = {method_name(recipe): shown, "real": answered(calibration, learning)}
         used = {name: part for name, part in parts.items() if part is not None}
-        everything = Images.concatenate(list(used.values()))
 
         with timed(directory, "quantize"):
             reference, quantized, learned = quantize(lean, teacher, used, directory, recorded)
@@ -179,7 +179,8 @@ def run(
         with timed(directory, "measure"):
             known = {"synthetic": held_out, "unlabelled": unlabelled, "evaluation": evaluation}
             seen = {name: part for name, part in known.items() if part is not None and len(part)}
-            seen = seen or {"calibration": calibration or everything.resized(*network.input.shape[1:])}
+            if not seen:
+                seen = {"calibration": calibration or Images.concatenate(list(used.values())).resized(*network.input.shape[1:])}
             measured = collect(
                 teacher.graph,
                 reference,
@@ -200,6 +201,8 @@ def run(
             with progress.stage("report", total=1):
                 about = gallery.about(used | made, small, evaluation or calibration, directory.path)
                 about |= {"mosaics": {name: len(used[name]) for name in made}} if recipe.mosaic else {}
+                if recipe.magnified_share:
+                    about["magnified"] = {name: magnified_count(len(used[name]), recipe.magnified_share) for name in made}
                 details.describe(directory.path, reference, quantized, seen)
                 # Whoever asks to stop now is answered by the end: the proven file has its name, and would be made again.
                 progress.advance()

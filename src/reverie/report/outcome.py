@@ -125,12 +125,17 @@ def estimate_text(estimate: dict[str, Any]) -> str:
 
 
 def learning_notes(metrics: dict[str, Any]) -> list[str]:
-    """Likewise on what was chosen, images that were joined or left out, classes that the capsule does not tell, and what distillation saw; where
-    there is any."""
+    """Likewise on what was chosen, images that were joined, magnified or left out, classes that the capsule does not tell, and what
+    distillation saw; where there is any."""
     images, distillation = metrics["images"], metrics.get("distillation")
     capsule, mosaics = images.get("capsule"), images.get("mosaics", {})
     lines = [f"best: {reason}" for reason in metrics.get("choice", [])]
     lines += [f"mosaics: {images['source'][kind]} {kind} joined to {count} whole images" for kind, count in mosaics.items()]
+    lines += [
+        f"magnified: a random part of {count} of {(images['source'] | mosaics)[kind]} {kind}"
+        for kind, count in images.get("magnified", {}).items()
+        if count
+    ]
     fewer = metrics.get("calibration", {})
     if any(count < (images["source"] | mosaics)[kind] for kind, count in fewer.items()):
         used = ", ".join(f"{count} {kind}" for kind, count in fewer.items())
@@ -231,7 +236,9 @@ def _distillation(distillation: dict[str, Any]) -> str:
     """Such as `300 steps, each on 64 fdda and 64 real images`."""
     steps = distillation["steps"]
     images = " and ".join(f"{count} {source}" for source, count in distillation["images_of_a_step"].items())
-    return f"{steps} step{'' if steps == 1 else 's'}, each on {images} images"
+    # Runs of before had no such setting.
+    kept = "" if distillation.get("learned_weights", True) else "; weights were kept, biases, norms and scales learned"
+    return f"{steps} step{'' if steps == 1 else 's'}, each on {images} images{kept}"
 
 
 def _difference(interval: dict[str, float]) -> str:
