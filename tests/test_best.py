@@ -73,7 +73,6 @@ def test_of_large_images_more_are_made_in_half_the_size_and_no_class_is_asked_fo
 MADE = "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
 LEAVED = "images: 1024 of 64 x 64 by zeroq in 50 steps from dead leaves, no class asked for, four of which cost what a whole one does"
 JOINED = "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have"
-MAGNIFIED = "magnified: a random part of every second mosaic, as few bits would be fitted to sharp pictures alone"
 
 
 @pytest.mark.parametrize(("weights", "activations", "joined"), [(4, 4, True), (8, 7, True), (2, 8, False), (4, 8, False)])
@@ -81,8 +80,7 @@ def test_halved_images_are_joined_to_whole_ones_where_activations_have_few_bits(
     choice = choose(sized(128, pooled()), bits(weights, activations))
     recipe = choice.recipe()
     assert (recipe.image_scale, recipe.mosaic) == (0.5, joined)
-    assert recipe.magnified_share == (0.5 if joined else 0)
-    assert choice.reasons[-3:] == (LEAVED, JOINED, MAGNIFIED) if joined else choice.reasons[-1] == MADE
+    assert choice.reasons[-2:] == (LEAVED, JOINED) if joined else choice.reasons[-1] == MADE
 
 
 def test_images_are_joined_as_the_user_wants_and_where_they_can_be():
@@ -199,14 +197,8 @@ def test_real_images_in_place_of_mosaics_are_whole_and_told_so():
     settings = bits(4, 4) | {"images": 0}
     choice = choose(sized(128, pooled()), settings, calibration=images)
     recipe = choice.recipe(settings)
-    assert (recipe.images, recipe.image_scale, recipe.mosaic, recipe.magnified_share) == (0, 1, False, 0)
+    assert (recipe.images, recipe.image_scale, recipe.mosaic) == (0, 1, False)
     assert choice.reasons[1:] == ("images: the 400 real ones alone",)
-
-
-def test_what_the_user_magnifies_is_not_given_as_a_choice():
-    settings = bits(4, 4) | {"magnified_share": 0.0}
-    choice = choose(sized(128, pooled()), settings)
-    assert JOINED in choice.reasons and MAGNIFIED not in choice.reasons
 
 
 @pytest.mark.parametrize(("real", "synthetic"), [(10, 1024), (1024, 0), (3000, 0)])

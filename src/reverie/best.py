@@ -19,8 +19,7 @@ have fewer than 8 bits there are 1,024, from which the student learns joined 2 x
 are else fitted to borders that whole images do not have (MobileNetV2 W4A4, KL and agreement on photographs: 0.840, 64.5 % from small
 images, 0.663, 71.5 % from mosaics), and to so few images. They begin as dead leaves, and half as long a descent leaves the first layers
 nearer to those of photographs (0.667, 69.8 % from 512 in 100 steps from natural noise; 0.541, 74.7 %). Not with 8 bits, where 256 small
-images are as good. Of every second mosaic a part is magnified, or soft photographs lose more than sharp ones (KL and agreement on
-magnified photographs: 0.578, 72.7 %, with it 0.483, 76.0 %).
+images are as good.
 
 Ranges of 2-bit activations are those of the smallest error, of 3 to 7 bits those of 99.9 % of values; they are learned three times
 as fast at 2 bits and above 64 px. There a step looks at 10 x 10 positions of 32 images, which costs what 12 whole ones do and less,
@@ -66,8 +65,6 @@ _LEAST_SHARE = 0.5
 _SMALL, _LARGE = 64, 128
 # Above 64 px: the side of what a step of reconstruction looks at, and the share of values it leaves unquantized.
 _WINDOW, _DROP = 10, 0.2
-# The share of mosaics of which a part is shown magnified.
-_MAGNIFIED = 0.5
 # The pass of the whole network behind the blocks; changed images keep it from learning those it has by heart.
 _DISTILLATION = {
     "distillation.after": "rounding",
@@ -155,8 +152,6 @@ def choose(
     real = 0 if calibration is None else len(calibration)
     apart = joined and _keeps_apart(real, wanted)
     images, why = _images(network, dreams, halved, joined, leaves, apart, real)
-    if "magnified_share" in wanted:
-        why = tuple(reason for reason in why if not reason.startswith("magnified"))
     found = _candidates(weights, activations, _side(network) > _SMALL, apart, images, why)
     advice = _advice(asked, network)
     candidates = [
@@ -366,9 +361,8 @@ def _images(
     made = f"images: {count}{size} by zeroq in {steps} steps from {start}, no class asked for{more}{beside}"
     if not joined:
         return settings, (made,)
-    settings |= {"mosaic": True, "magnified_share": _MAGNIFIED}
+    settings["mosaic"] = True
     return settings, (
         made,
         "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have",
-        "magnified: a random part of every second mosaic, as few bits would be fitted to sharp pictures alone",
     )

@@ -102,7 +102,7 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
     small = 1.0 if recipe.mosaic else area
     image = 4 * network.input.channels * network.input.height * network.input.width
     # Mosaics show every image twice.
-    copied = 2 if recipe.mosaic else int(recipe.magnified_share > 0 or recipe.real_share > 0)
+    copied = 2 if recipe.mosaic else int(recipe.real_share > 0)
     made = recipe.images * image * area * (1 + copied) + image * (recipe.held_out + recipe.estimate_images)
     read = sum(part.inputs.numel() * 4 for part in sets.values() if part is not None)
     real = len(sets.get("calibration") or ())
@@ -146,7 +146,7 @@ def estimate(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]
 
 def estimate_images_alone(recipe: Recipe, network: Teacher, sets: Mapping[str, Images | None]) -> Estimate:
     """As `estimate`, of a run that makes images and nothing of them."""
-    found = estimate(replace(recipe, held_out=0, estimate_images=0, magnified_share=0.0), network, sets)
+    found = estimate(replace(recipe, held_out=0, estimate_images=0), network, sets)
     # Images that nothing is optimised for are held, like those that are walked through the network.
     stage = "synthesize" if "synthesize" in found.stages else "calibrate"
     return Estimate({"synthesize": found.stages[stage]}, {"synthesize": found.lower[stage]}, 0)

@@ -24,7 +24,6 @@ from reverie.files import atomic_json
 from reverie.graph.placement import Student
 from reverie.graph.quantized import QuantizedNetwork, finish
 from reverie.images import Images
-from reverie.images.magnify import magnified_count
 from reverie.images.store import load_images, save_images, show_images
 from reverie.models import Network
 from reverie.progress import Progress, Renamed, Silent
@@ -201,8 +200,6 @@ def run(
             with progress.stage("report", total=1):
                 about = gallery.about(used | made, small, evaluation or calibration, directory.path)
                 about |= {"mosaics": {name: len(used[name]) for name in made}} if recipe.mosaic else {}
-                if recipe.magnified_share:
-                    about["magnified"] = {name: magnified_count(len(used[name]), recipe.magnified_share) for name in made}
                 details.describe(directory.path, reference, quantized, seen)
                 # Whoever asks to stop now is answered by the end: the proven file has its name, and would be made again.
                 progress.advance()

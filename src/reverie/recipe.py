@@ -101,8 +101,6 @@ class Recipe:
             much from images of half the side, four of which cost what one does; real images beside them are scaled down, too.
         mosaic: With an `image_scale` of 1/n, whether the student learns from the synthetic images joined n x n to whole ones, each of
             them twice, and from real images whole; few bits of activations are else fitted to borders that whole images do not have.
-        magnified_share: Share of the synthetic images (or mosaics) of which the student sees a random part magnified to the whole, so that ranges
-            and codes of few bits fit soft pictures, too; not of those that a generator makes afresh at each step.
         calibration_images: At most so many of the synthetic and of the real images, evenly from all, decide ranges, adaptation, rounding and
             bias correction, which hold in memory what the network computes of them; distillation sees all.
         held_out: Synthetic images, from another seed, on which agreement is measured.
@@ -121,7 +119,6 @@ class Recipe:
     images: int = 64
     image_scale: float = 1.0
     mosaic: bool = False
-    magnified_share: float = 0.0
     calibration_images: int = 256
     held_out: int = 32
     estimate_images: int = 32
@@ -141,9 +138,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("images", "held_out", "estimate_images"), (0, math.inf))
-        check_range(
-            self, **counts, calibration_images=(1, math.inf), image_scale=(1e-2, 1), real_share=(0, 1), magnified_share=(0, 1)
-        )
+        check_range(self, **counts, calibration_images=(1, math.inf), image_scale=(1e-2, 1), real_share=(0, 1))
         if 0 < self.estimate_images < _LEAST_TO_ESTIMATE_ON:
             raise ConfigError(
                 f"estimate_images must be at least {_LEAST_TO_ESTIMATE_ON}, or 0, got {self.estimate_images}; fewer do not tell how much they differ"

@@ -21,7 +21,6 @@ from reverie.graph.unfold import unfold
 from reverie.graph.units import find_units
 from reverie.images import Images
 from reverie.images.augment import Augmentation
-from reverie.images.magnify import magnify
 from reverie.images.mosaic import join
 from reverie.images.source import Augmented, Mixed, Shuffled, Source
 from reverie.models import Network
@@ -199,16 +198,16 @@ def answered(images: Images | None, teacher: Teacher) -> Images | None:
 
 
 def learned_from(recipe: Recipe, teacher: Teacher, images: Images, *places: str) -> Images:
-    """What the student learns from: the synthetic images, or mosaics of them, some magnified, with the teacher's answers.
+    """What the student learns from: the synthetic images, or mosaics of them with the teacher's answers.
 
     Args:
         teacher: As it sees whole images.
-        places: Where else than in a run mosaics and parts are drawn.
+        places: Where else than in a run mosaics are drawn.
     """
-    shown = join(images, recipe.tiles, Seed(recipe.seed, (*places, "mosaic"))) if recipe.mosaic else images
-    if recipe.magnified_share:
-        shown = magnify(shown, recipe.magnified_share, Seed(recipe.seed, (*places, "magnify")))
-    return images if shown is images else replace(shown, logits=teacher.logits(shown.inputs))
+    if not recipe.mosaic:
+        return images
+    mosaics = join(images, recipe.tiles, Seed(recipe.seed, (*places, "mosaic")))
+    return replace(mosaics, logits=teacher.logits(mosaics.inputs))
 
 
 def estimating(recipe: Recipe) -> Recipe:

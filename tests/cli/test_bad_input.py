@@ -81,14 +81,14 @@ def test_an_unknown_network_is_refused(capsys, network, expected):
         (
             ["--set", "sede=1"],
             "recipe zeroq: unknown key 'sede'; choose one of activations, bits, calibration_images, clipping, distillation, "
-            "estimate_images, export, held_out, image_scale, images, magnified_share, mixed_precision, mosaic, quantization, real_apart, "
-            "real_share, reconstruction, rounding, seed, synthesis, weights, or did you mean 'seed'?",
+            "estimate_images, export, held_out, image_scale, images, mixed_precision, mosaic, quantization, real_apart, real_share, "
+            "reconstruction, rounding, seed, synthesis, weights, or did you mean 'seed'?",
         ),
         (
             ["--set", "iterations=50"],
             "recipe zeroq: unknown key 'iterations'; choose one of activations, bits, calibration_images, clipping, distillation, "
-            "estimate_images, export, held_out, image_scale, images, magnified_share, mixed_precision, mosaic, quantization, real_apart, "
-            "real_share, reconstruction, rounding, seed, synthesis, weights, or did you mean 'reconstruction.iterations'?",
+            "estimate_images, export, held_out, image_scale, images, mixed_precision, mosaic, quantization, real_apart, real_share, "
+            "reconstruction, rounding, seed, synthesis, weights, or did you mean 'reconstruction.iterations'?",
         ),
         (
             ["--set", "reconstruction.unit=blok"],

@@ -125,17 +125,12 @@ def estimate_text(estimate: dict[str, Any]) -> str:
 
 
 def learning_notes(metrics: dict[str, Any]) -> list[str]:
-    """Likewise on what was chosen, images that were joined, magnified or left out, classes that the capsule does not tell, and what
-    distillation saw; where there is any."""
+    """Likewise on what was chosen, images that were joined or left out, classes that the capsule does not tell, and what distillation saw; where
+    there is any."""
     images, distillation = metrics["images"], metrics.get("distillation")
     capsule, mosaics = images.get("capsule"), images.get("mosaics", {})
     lines = [f"best: {reason}" for reason in metrics.get("choice", [])]
     lines += [f"mosaics: {images['source'][kind]} {kind} joined to {count} whole images" for kind, count in mosaics.items()]
-    lines += [
-        f"magnified: a random part of {count} of {(images['source'] | mosaics)[kind]} {kind}"
-        for kind, count in images.get("magnified", {}).items()
-        if count
-    ]
     fewer = metrics.get("calibration", {})
     if any(count < (images["source"] | mosaics)[kind] for kind, count in fewer.items()):
         used = ", ".join(f"{count} {kind}" for kind, count in fewer.items())
