@@ -31,7 +31,8 @@ from reverie.images.folder import read_folder
 from reverie.models import InputContract, Network
 from reverie.pipeline import quantize
 from reverie.progress import Silent
-from reverie.recipe import Recipe, read
+from reverie.recipe import Recipe
+from reverie.recipes import read
 from reverie.report.estimate import OFFSET, Relation, distances
 from reverie.report.measure import paired_interval
 from reverie.report.metrics import BATCH, predict

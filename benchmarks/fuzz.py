@@ -41,7 +41,7 @@ import torch
 from mutations import BYTES, Mutation
 from PIL import Image, PngImagePlugin
 
-from reverie import models, recipe
+from reverie import models, recipes
 from reverie.checkpoints import Folder
 from reverie.cli import main as command_line
 from reverie.errors import ReverieError
@@ -162,7 +162,7 @@ def read_network(run: Path) -> None:
     from reverie.stages import student_of
 
     packed = packed_file(run)
-    resolved, bits = recipe.read(str(run / "recipe.toml")), stored_bits(packed)
+    resolved, bits = recipes.read(str(run / "recipe.toml")), stored_bits(packed)
     _, student = student_of(teacher().graph, resolved.quantization, bits)
     restore(student, packed)
 
@@ -181,7 +181,7 @@ def read_interrupted(run: Path) -> None:
     """What `resume` and `runs` read first; the network is not loaded here, nor what is not this very one."""
     from reverie.cli._request import asked_in
     from reverie.cli._runs import check_code
-    from reverie.recipe import from_tables
+    from reverie.recipes import from_tables
     from reverie.report import details, overview
 
     overview.look_at(run)
@@ -258,7 +258,7 @@ READERS = {
         ("recipes/*.toml",),
         (mutations.toml_edit,),
         beside,
-        lambda path: recipe.read(str(path)),
+        lambda path: recipes.read(str(path)),
         lambda path, out: synthesized("--recipe", str(path), out=out),
         1500,
     ),
@@ -392,8 +392,8 @@ def make_seeds() -> None:
     (BUILD / "interrupted" / "run.json").write_text(json.dumps(record | {"complete": False, "stages": {}}))
     (BUILD / "checkpoints").mkdir()
     Folder(BUILD / "checkpoints", "aaaa").save("part", {"codes": torch.arange(600).reshape(20, 30), "scale": torch.tensor(0.5)})
-    for name in recipe.presets():
-        (BUILD / "recipes" / f"{name}.toml").write_text(recipe.to_toml(recipe.read(name)))
+    for name in recipes.presets():
+        (BUILD / "recipes" / f"{name}.toml").write_text(recipes.to_toml(recipes.read(name)))
     chance = np.random.default_rng(0)
     levels = chance.integers(0, 255, (4, 20, 24, 3), dtype=np.uint8)
     told = PngImagePlugin.PngInfo()

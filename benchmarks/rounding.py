@@ -30,7 +30,8 @@ from reverie.images.store import load_images, save_images
 from reverie.models import Network, load
 from reverie.progress import Silent
 from reverie.randomness import Seed
-from reverie.recipe import Recipe, read
+from reverie.recipe import Recipe
+from reverie.recipes import read
 from reverie.recovery.bias_correction import correct_biases
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 from reverie.recovery.reconstruction import round_weights

@@ -172,7 +172,7 @@ def images_for(network: Any, assets: Path, *, calibration: bool) -> Any:
 
 def recipe_of(student: str) -> Any:
     """The preset `noise`, which learns nothing, at the student's bits."""
-    from reverie.recipe import read
+    from reverie.recipes import read
 
     weights, activations, ends = STUDENTS[student].bits
     bits = {"weight_bits": weights, "activation_bits": activations, "end_bits": ends}

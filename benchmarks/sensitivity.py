@@ -24,7 +24,7 @@ from reverie.images import evenly
 from reverie.observers import Observer, tensor_qparams, weight_qparams
 from reverie.progress import Silent
 from reverie.randomness import Seed
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.recovery.ranges import watch_tensors
 from reverie.recovery.sensitivity import measure
 from reverie.stages import as_teacher, student_of

@@ -14,7 +14,7 @@ from reverie.budget import Schedule
 from reverie.errors import BudgetError, ConfigError
 from reverie.images import Images
 from reverie.models import InputContract, Network
-from reverie.recipe import read
+from reverie.recipes import read
 
 
 def bits(weights, activations):

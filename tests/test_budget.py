@@ -14,7 +14,7 @@ from reverie.errors import ConfigError
 from reverie.pipeline import run
 from reverie.progress import Silent
 from reverie.randomness import Seed
-from reverie.recipe import from_tables, presets, read, tables
+from reverie.recipes import from_tables, presets, read, tables
 from reverie.stages import as_teacher, with_capsule
 from reverie.synthesis.fdda import Fdda
 from reverie.synthesis.gdfq import Gdfq

@@ -12,7 +12,7 @@ import pytest
 from reverie.errors import ConfigError
 from reverie.pipeline import run
 from reverie.progress import Silent
-from reverie.recipe import read
+from reverie.recipes import read
 
 QUICK = {"images": 16, "held_out": 8, "estimate_images": 8, "synthesis.steps": 6, "synthesis.batch": 8}
 FILES = ("images.safetensors", "network.safetensors", "network.onnx")

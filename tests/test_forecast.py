@@ -9,7 +9,7 @@ from reverie.forecast import forecast
 from reverie.memory import estimate
 from reverie.pipeline import run
 from reverie.progress import Silent
-from reverie.recipe import presets, read
+from reverie.recipes import presets, read
 from reverie.stages import as_teacher
 
 QUICK = {"images": 20, "held_out": 6, "estimate_images": 8, "synthesis.steps": 7, "synthesis.batch": 8, "export.method": "none"}

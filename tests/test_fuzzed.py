@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from reverie import models, recipe
+from reverie import models, recipes
 from reverie.checkpoints import Folder
 from reverie.errors import ReverieError
 from reverie.export._packed import read_packed
 from reverie.images.folder import read_folder
 from reverie.images.store import load_images
 from reverie.models import InputContract, _weights
+from reverie.recipe import Recipe
 from reverie.runs import read_record
 from reverie.synthesis._capsule import load_capsule
 
@@ -117,7 +118,7 @@ STATE = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
 
 # Where a whole file goes, and what reads it there.
 READERS = {
-    "recipe.toml": (recipe.to_toml(recipe.read("brecq")).encode(), lambda path: recipe.read(str(path))),
+    "recipe.toml": (recipes.to_toml(recipes.read("brecq")).encode(), lambda path: recipes.read(str(path))),
     "network.safetensors": (PACKED, read_packed),
     "images.safetensors": (IMAGES, load_images),
     "capsule.safetensors": (CAPSULE, load_capsule),
@@ -232,14 +233,14 @@ def test_json_that_says_something_else_is_read_or_refused(tmp_path, name):
 
 @EVERY_TIME
 @given(
-    st.sampled_from(sorted(recipe.tables(recipe.Recipe()))),
+    st.sampled_from(sorted(recipes.tables(Recipe()))),
     st.text(max_size=8),
     JSON | st.dates() | st.lists(st.integers(), max_size=2),
 )
 def test_any_value_in_a_recipe_is_taken_or_refused(table, key, value):
     for tables in ({table: value}, {table: {key: value}}, {table: {"method": value}}, {key: value}):
         try:
-            recipe.from_tables(tables)
+            recipes.from_tables(tables)
         except ReverieError as error:
             assert str(error)
 

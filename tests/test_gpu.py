@@ -9,7 +9,7 @@ from reverie.graph.batch_norm import Observed
 from reverie.pipeline import run
 from reverie.progress import Silent
 from reverie.randomness import Seed
-from reverie.recipe import presets, read
+from reverie.recipes import presets, read
 from reverie.stages import as_teacher, student_of
 
 pytestmark = [

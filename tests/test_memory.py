@@ -14,7 +14,7 @@ from reverie.interrupts import Interrupted
 from reverie.models import InputContract, Network
 from reverie.pipeline import run, run_synthesis
 from reverie.progress import Silent
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.stages import as_teacher
 
 QUICK = {"images": 16, "held_out": 8, "estimate_images": 8, "synthesis.steps": 4, "synthesis.batch": 8}

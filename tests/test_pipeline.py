@@ -21,7 +21,7 @@ from reverie.images.store import load_images
 from reverie.models import InputContract, Network
 from reverie.pipeline import run
 from reverie.progress import Lines, Silent
-from reverie.recipe import from_tables, presets, read, tables, to_toml
+from reverie.recipes import fingerprint, from_tables, presets, read, tables, to_toml
 from reverie.stages import as_teacher, student_of
 
 QUICK = {"images": 16, "held_out": 8, "estimate_images": 8, "synthesis.steps": 20, "synthesis.batch": 8}
@@ -243,7 +243,7 @@ def test_images_carry_soft_labels_and_provenance(tiny_cnn, quick, tmp_path):
     with torch.no_grad():
         assert torch.allclose(images.logits, network.module(images.inputs), atol=1e-4)
     assert (
-        images.provenance["network"] and images.provenance["seed"] == "0" and images.provenance["recipe"] == quick.fingerprint
+        images.provenance["network"] and images.provenance["seed"] == "0" and images.provenance["recipe"] == fingerprint(quick)
     )
 
 

@@ -21,7 +21,7 @@ from reverie.images.store import load_images, save_images
 from reverie.models.embedded import digits_images, load
 from reverie.pipeline import run, run_synthesis
 from reverie.progress import Silent
-from reverie.recipe import presets, read
+from reverie.recipes import presets, read
 from reverie.recovery.ranges import calibrate_activations
 from reverie.report import outcome
 from reverie.request import check

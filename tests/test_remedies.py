@@ -7,8 +7,7 @@ import torch
 from tests.conftest import patterns
 from tests.report.test_diagnosis import network_of, plant_channel_
 
-from reverie import recipe as recipes
-from reverie import remedies, stages
+from reverie import recipes, remedies, stages
 from reverie.errors import ConfigError
 from reverie.export._packed import read_packed
 from reverie.images import Images

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reverie.models import load as load_network
     from reverie.pipeline import Run, run
     from reverie.recipe import Recipe
-    from reverie.recipe import read as read_recipe
+    from reverie.recipes import read as read_recipe
     from reverie.stages import synthesize
     from reverie.synthesis._capsule import Capsule, capsule_of, load_capsule, save_capsule
 
@@ -72,7 +72,7 @@ _HOMES = {
     "load_capsule": "synthesis._capsule",
     "load_images": "images.store",
     "load_network": "models:load",
-    "read_recipe": "recipe:read",
+    "read_recipe": "recipes:read",
     "run": "pipeline",
     "save_capsule": "synthesis._capsule",
     "save_images": "images.store",

@@ -19,7 +19,8 @@ from reverie.images import Images
 from reverie.interrupts import Interrupted
 from reverie.models import Network
 from reverie.progress import Progress
-from reverie.recipe import Recipe, to_toml
+from reverie.recipe import Recipe
+from reverie.recipes import to_toml
 from reverie.records import read_metrics
 from reverie.request import capsule_digest, identity, images_digest, recipe_changes
 from reverie.runs import RunDirectory

@@ -49,7 +49,8 @@ from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.images import Images
 from reverie.models import Network
 from reverie.progress import Progress, Silent, duration_text
-from reverie.recipe import Recipe, read
+from reverie.recipe import Recipe
+from reverie.recipes import read
 from reverie.records import PUT_BACK
 from reverie.runs import read_record
 from reverie.stages import as_teacher, check_device, takes

@@ -29,6 +29,7 @@ from reverie.models import Network
 from reverie.progress import Progress, Renamed, Silent
 from reverie.randomness import Seed
 from reverie.recipe import Recipe
+from reverie.recipes import fingerprint
 from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
 from reverie.recovery.clipping import clip_activations, excite
@@ -167,7 +168,7 @@ def run(
         with timed(directory, "quantize"):
             reference, quantized, learned = quantize(lean, teacher, used, directory, recorded)
         with timed(directory, "export"):
-            facts = {"reverie.network": network.name, "reverie.recipe": recipe.fingerprint}
+            facts = {"reverie.network": network.name, "reverie.recipe": fingerprint(recipe)}
             packed = directory.path / "network.safetensors"
             write_packed(quantized, packed, facts=facts)
             unproven = None if recipe.export is None else directory.checkpoint(recipe.export.filename)

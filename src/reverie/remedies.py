@@ -35,7 +35,8 @@ from reverie.grid import MAX_BITS
 from reverie.images import Images
 from reverie.progress import Progress, Silent
 from reverie.randomness import Seed
-from reverie.recipe import Recipe, from_tables, tables
+from reverie.recipe import Recipe
+from reverie.recipes import from_tables, tables
 from reverie.recovery.batch_norm_adaptation import adapt_batch_norms
 from reverie.recovery.bias_correction import correct_biases
 from reverie.recovery.closed_form import round_at_once

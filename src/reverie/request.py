@@ -14,7 +14,8 @@ from reverie.graph.unfold import count_folded
 from reverie.images import Images
 from reverie.models import Network
 from reverie.plugins import name_of
-from reverie.recipe import Recipe, read, tables
+from reverie.recipe import Recipe
+from reverie.recipes import fingerprint, read, tables
 from reverie.recovery.allocation import require_solver
 from reverie.runs import read_record
 from reverie.stages import check_device, composition, method_name, reads_capsule, synthesizes
@@ -92,7 +93,7 @@ def check(
 def identity(recipe: Recipe, network: Network) -> dict[str, str]:
     """What, besides the user's images, tells one run from another."""
     contract = hashlib.sha256(repr((network.input, network.classes)).encode()).hexdigest()[:16]
-    return {"recipe": recipe.fingerprint, "network": network.fingerprint, "input": contract}
+    return {"recipe": fingerprint(recipe), "network": network.fingerprint, "input": contract}
 
 
 def recipe_changes(run: Path, recipe: Recipe, changed: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ from reverie.plugins import name_of
 from reverie.progress import Progress
 from reverie.randomness import Seed
 from reverie.recipe import Quantization, Recipe
+from reverie.recipes import fingerprint
 from reverie.recovery.border import check_isolated
 from reverie.recovery.mixed_precision import Decision, check_budgets, choose_bits
 from reverie.synthesis import ImageStream, Streaming, Teacher
@@ -174,7 +175,7 @@ def synthesize(recipe: Recipe, teacher: Teacher, count: int, name: str, checkpoi
         images = method(teacher, count, seed=seed, checkpoints=checkpoints.at(name), progress=progress)
     provenance = {
         "method": method_name(recipe),
-        "recipe": recipe.fingerprint,
+        "recipe": fingerprint(recipe),
         "seed": str(recipe.seed),
         "network": f"{teacher.name} {teacher.fingerprint}",
     }

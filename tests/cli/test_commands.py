@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.cli.conftest import SHAPE, TINY, said
 
 import reverie
-from reverie import plugins, recipe
+from reverie import plugins, recipes
 from reverie.cli import app, main
 from reverie.cli._options import as_overrides
 from reverie.cli.methods import methods_of
@@ -100,7 +100,7 @@ def test_quantize_without_labels_shows_agreement_and_writes_json_alone_to_standa
     assert metrics["full_precision"]["top1"] is None
     assert metrics["agreement"]["synthetic"]["images"] == 4
     events = [json.loads(line) for line in captured.err.splitlines()]
-    planned = plan(recipe.read(str(tmp_path / "run" / "recipe.toml")), labelled=False)
+    planned = plan(recipes.read(str(tmp_path / "run" / "recipe.toml")), labelled=False)
     assert [event["stage"] for event in events if event["event"] == "start"] == list(planned)
 
 
@@ -250,14 +250,14 @@ def test_methods_lists_the_network_sources_too(capsys):
     assert "zeroq" in said(capsys, "methods")
 
 
-@pytest.mark.parametrize("preset", recipe.presets())
+@pytest.mark.parametrize("preset", recipes.presets())
 def test_recipe_prints_what_reads_back_as_the_same_recipe(capsys, tmp_path, preset):
     (tmp_path / "mine.toml").write_text(said(capsys, "recipe", preset, "--set", "seed=7"))
-    assert recipe.read(str(tmp_path / "mine.toml")) == recipe.read(preset, {"seed": 7})
+    assert recipes.read(str(tmp_path / "mine.toml")) == recipes.read(preset, {"seed": 7})
 
 
 def test_recipe_without_a_name_lists_the_presets(capsys):
-    assert [line.partition(":")[0] for line in said(capsys, "recipe").splitlines()] == recipe.presets()
+    assert [line.partition(":")[0] for line in said(capsys, "recipe").splitlines()] == recipes.presets()
 
 
 @pytest.mark.parametrize(

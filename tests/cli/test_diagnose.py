@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tests.cli.conftest import SHAPE, TINY, refused, said
 
-from reverie import recipe
+from reverie import recipes
 from reverie.images.store import save_images
 
 FEW = ["--set", "images=8", "--set", "synthesis.steps=3"]
@@ -83,8 +83,8 @@ def test_fix_writes_a_recipe_that_quantize_takes(capsys, tmp_path):
     assert lines[-2:] == ["wrote mended.toml", "next: reverie quantize embedded:digits --recipe mended.toml"]
     kept = [line for line in lines if line.endswith("  yes")]
     assert kept
-    mended = recipe.read("mended.toml")
-    assert mended.activations != recipe.read("zeroq", {"activations.percentile": 70.0}).activations
+    mended = recipes.read("mended.toml")
+    assert mended.activations != recipes.read("zeroq", {"activations.percentile": 70.0}).activations
     assert mended.quantization.activation_bits == 4
     assert max(map(len, lines)) <= 100
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.cli.test_commands import COMMANDS
 
-from reverie import export, formats, plugins, recipe
+from reverie import export, formats, plugins, recipes
 from reverie.cli import app, main
 from reverie.cli._help import reflowed
 from reverie.cli._options import as_overrides
@@ -49,7 +49,7 @@ def test_a_command_has_examples_that_it_takes(command):
         given = parsed(words)
         named = given.get("recipe", given.get("name"))
         if command in ("quantize", "synthesize", "recipe", "diagnose") and named not in (None, "best"):
-            recipe.read(named, as_overrides(given.get("settings")))
+            recipes.read(named, as_overrides(given.get("settings")))
         if "target" in given and command in ("synthesize", "images", "export"):
             plugins.load(export if command == "export" else formats, given["target"])
 

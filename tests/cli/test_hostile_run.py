@@ -7,7 +7,7 @@ import torch
 from tests.cli.conftest import refused
 from tests.models.test_weights import Touch
 
-from reverie.recipe import read, tables
+from reverie.recipes import read, tables
 
 RECORD = {
     "reverie": "0.1.0",

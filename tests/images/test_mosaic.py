@@ -16,7 +16,7 @@ from reverie.images.store import load_images
 from reverie.pipeline import run
 from reverie.progress import Silent
 from reverie.randomness import Seed
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.report import outcome
 from reverie.request import check
 from reverie.stages import as_teacher

@@ -14,7 +14,7 @@ from reverie.images.contract import InputContract
 from reverie.images.store import load_images
 from reverie.pipeline import run, run_synthesis
 from reverie.progress import Silent
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.request import check
 from reverie.stages import as_teacher
 from reverie.synthesis import Teacher

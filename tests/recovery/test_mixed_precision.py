@@ -17,7 +17,7 @@ from reverie.graph.placement import Bits, place
 from reverie.observers.minmax import MinMax
 from reverie.progress import Silent
 from reverie.randomness import Seed
-from reverie.recipe import from_tables, read, tables, to_toml
+from reverie.recipes import from_tables, read, tables, to_toml
 from reverie.recovery.mixed_precision import Decision, MixedPrecision, check_budgets, choose_bits
 from reverie.report import outcome
 

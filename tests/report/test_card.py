@@ -139,7 +139,7 @@ def test_the_ten_lines_are_those_of_the_page_on_the_checkpoint():
 def test_its_lines_of_code_load_the_files_of_a_real_run(tiny_cnn, tmp_path):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra 'onnx')")
     from reverie.pipeline import run
-    from reverie.recipe import read
+    from reverie.recipes import read
 
     network = tiny_cnn()
     quick = {"images": 8, "held_out": 0, "estimate_images": 0, "synthesis.steps": 2, "quantization.weight_bits": 4}

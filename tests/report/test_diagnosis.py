@@ -11,7 +11,7 @@ from torch import nn
 from reverie import remedies, stages
 from reverie.models import Network
 from reverie.progress import Silent
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.report import diagnosis
 from reverie.report.tensor_errors import Errors, TensorError, measure
 

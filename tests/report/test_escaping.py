@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from reverie.recipe import from_tables
+from reverie.recipes import from_tables
 from reverie.report.render import render
 
 HOSTILE = """"><script>alert(1)</script>' onmouseover='alert(2)' x="</style><!-- ]]> </script><img src=x onerror=alert(3)> {{ 7*7 }} \u2028 \\u003c"""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reverie.errors import ConfigError
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.report.estimate import CALIBRATED, Relation, distances
 
 # At a distance of 0.1 the logarithm of the drop and the offset is 3 + 1 * log(0.1) = log(2.0086).

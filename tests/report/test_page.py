@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.report.render import render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

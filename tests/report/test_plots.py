@@ -12,7 +12,7 @@ from torch import nn
 from reverie.errors import ModelError
 from reverie.images import Images
 from reverie.models import InputContract, Network
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.report import features, plots
 from reverie.report.render import render
 from reverie.stages import as_teacher

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from reverie.recipe import read, to_toml
+from reverie.recipes import read, to_toml
 from reverie.report.render import render
 from reverie.report.sections import commands
 

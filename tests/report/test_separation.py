@@ -9,7 +9,7 @@ from torch import nn
 
 from reverie.images import Images
 from reverie.models import InputContract, Network
-from reverie.recipe import read
+from reverie.recipes import read
 from reverie.report import separation
 from reverie.report.render import render
 from reverie.stages import as_teacher

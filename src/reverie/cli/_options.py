@@ -88,9 +88,9 @@ NO_OPTIONS = NetworkOptions()
 
 def read_recipe(name_or_file: str, settings: Settings, **flags: Any) -> "Recipe":
     """The recipe with what the command line says instead; arguments as for `overrides`."""
-    from reverie import recipe
+    from reverie import recipes
 
-    return recipe.read(name_or_file, overrides(settings, **flags))
+    return recipes.read(name_or_file, overrides(settings, **flags))
 
 
 def overrides(settings: Settings, **flags: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def request(
         places: Folders and files of images and capsules, by what they are for; a text stays as it is.
         more: What else JSON can hold, such as the device.
     """
-    from reverie.recipe import tables
+    from reverie.recipes import tables
 
     given = {key: str(value) if isinstance(value, Path) else value for key, value in options.given().items()}
     return {

@@ -166,13 +166,13 @@ def restored(run: Path, network: "Network") -> "QuantizedNetwork":
     Args:
         network: The full-precision network of the run.
     """
-    from reverie import recipe, stages
+    from reverie import recipes, stages
     from reverie.export._packed import restore, stored_bits
     from reverie.runs import check_hash
 
     packed = packed_file(run)
     check_hash(run, run / "recipe.toml")
-    resolved, bits = recipe.read(str(run / "recipe.toml")), stored_bits(packed)
+    resolved, bits = recipes.read(str(run / "recipe.toml")), stored_bits(packed)
     _, student = stages.student_of(stages.as_teacher(network).graph, resolved.quantization, bits)
     return restore(student, packed)
 

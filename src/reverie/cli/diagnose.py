@@ -186,13 +186,13 @@ def _check(target: str, *, output: Path | None, fix: bool, images: int | None) -
 
 def _of_run(run: Path, given: dict[str, Any]) -> tuple[Path, "Recipe"]:
     """The packed network and the recipe of a run."""
-    from reverie import recipe
+    from reverie import recipes
 
     packed = packed_file(run)
     if given:
         flag = next(iter(given)).replace("_", "-")
         raise ConfigError(f"{run}: --{flag} must be left out for a run, whose own recipe counts; give the network instead")
-    return packed, recipe.read(str(run / "recipe.toml"))
+    return packed, recipes.read(str(run / "recipe.toml"))
 
 
 def _check_images(run: Path, calibration: Path | None) -> None:
@@ -295,7 +295,7 @@ def _short(name: str, width: int = 28) -> str:
 def _write(found: "Treatment", file: Path, network: "Network", run: Path | None) -> str | None:
     """Writes the recipe, if something helped; the command that makes a run of it."""
     from reverie.files import atomic_text
-    from reverie.recipe import to_toml
+    from reverie.recipes import to_toml
 
     if not any(trial.kept for trial in found.trials):
         return None

@@ -36,7 +36,7 @@ def export(
         settings: Of the target, as KEY=VALUE, such as packing=int2; repeatable.
         network: The full-precision network; default: the one that the run names.
     """
-    from reverie import recipe, runtimes
+    from reverie import recipes, runtimes
     from reverie.export import _verify as verify
     from reverie.export._certificate import certify
     from reverie.files import atomic_write
@@ -45,7 +45,7 @@ def export(
     from reverie.report.outcome import size_text
     from reverie.runs import check_hash, seal
 
-    exporter = recipe.exporter(target, as_overrides(settings))
+    exporter = recipes.exporter(target, as_overrides(settings))
     own = runtimes.load(exporter.runtime)
     packed = packed_file(run)
     file = output or run / exporter.filename
@@ -56,7 +56,7 @@ def export(
         raise ConfigError(f"{file}: must be in a folder that exists, got none; create it or choose another --output")
     loaded = load_network(run, network, options)
     quantized = restored(run, loaded)
-    facts = {"reverie.network": loaded.name, "reverie.recipe": recipe.read(str(run / "recipe.toml")).fingerprint}
+    facts = {"reverie.network": loaded.name, "reverie.recipe": recipes.fingerprint(recipes.read(str(run / "recipe.toml")))}
     stored = run / "images.safetensors"
     proof = f"not compared with the checkpoint: {stored} is not there"
 

@@ -32,13 +32,13 @@ def images(
         settings: KEY=VALUE, a setting of the target, such as units=pixels; repeatable.
         network: The full-precision network, whose normalization is needed; default: the one that the run names.
     """
-    from reverie import formats, plugins, recipe
+    from reverie import formats, plugins, recipes
     from reverie.files import check_new_folder
     from reverie.images.store import load_images
 
     kind = plugins.load(formats, target)
     with at(f"--for {target}"):
-        form = recipe.configure(kind, as_overrides(settings))
+        form = recipes.configure(kind, as_overrides(settings))
     run = run.parent if run.is_file() else run
     folder = output or run / target
     check_new_folder(folder)

@@ -127,8 +127,7 @@ def quantize(
         # Nothing executes the literature's placement, so there is nothing to export.
         export__method="none" if placement == "literature" else None,
     )
-    from reverie import loggers
-    from reverie import recipe as recipes
+    from reverie import loggers, recipes
     from reverie.runs import check_output, default_output
 
     # What `best` chooses depends on the network, but not its bits.

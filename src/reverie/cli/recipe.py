@@ -13,7 +13,7 @@ def recipe(name: str | None = None, /, *, settings: Settings = None) -> None:
         name: A preset or a .toml file.
         settings: KEY=VALUE overrides any recipe key, such as synthesis.steps=100; repeatable.
     """
-    from reverie import recipe as recipes
+    from reverie import recipes
 
     if name is None:
         for preset in recipes.presets():

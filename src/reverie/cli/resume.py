@@ -80,7 +80,7 @@ def _repeat(
 ) -> "Run":
     from reverie import formats, interrupts, loggers, models, pipeline, plugins
     from reverie.best import Choice
-    from reverie.recipe import from_tables, tables
+    from reverie.recipes import from_tables, tables
     from reverie.stages import reads_capsule
     from reverie.synthesis._capsule import load_capsule
 

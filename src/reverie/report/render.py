@@ -17,7 +17,8 @@ import jinja2
 from markupsafe import Markup
 
 from reverie.progress import duration_text
-from reverie.recipe import Recipe, tables, to_toml
+from reverie.recipe import Recipe
+from reverie.recipes import fingerprint, tables, to_toml
 from reverie.report import details, outcome, privacy, sections, verdict
 from reverie.report.caveats import caveats
 from reverie.report.sensitivity_table import sensitivity_table
@@ -176,7 +177,7 @@ def _stages(seconds: dict[str, float]) -> list[sections.Bar]:
 def _facts(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any]) -> dict[str, str]:
     facts = {
         "network": f"{metrics['network']['name']}, weights {metrics['network']['fingerprint']}",
-        "recipe": f"{recipe.fingerprint}, seed {recipe.seed}",
+        "recipe": f"{fingerprint(recipe)}, seed {recipe.seed}",
         "device": str(record["facts"]["device"]),
     }
     options = record["facts"]["options"]
