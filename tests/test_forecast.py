@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from reverie import forecast as forecasts
+from reverie.cli._forecast import show
 from reverie.errors import BudgetError, ConfigError
 from reverie.forecast import forecast
 from reverie.memory import estimate
@@ -70,7 +71,7 @@ def test_every_preset_is_foreseen_and_the_network_stays_as_it_was(tiny_cnn, pres
     assert all(part.seconds >= 0 for part in found.parts) and found.seconds > 0 and 0 < found.timed_share <= 1
     assert {part.stage for part in found.parts} == {"capture", "synthesize", "quantize", "export", "measure"}
     # The libraries alone take more than this.
-    assert found.memory_bytes > 150e6
+    assert found.memory.peak > 150e6
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in network.module.state_dict().items())
 
@@ -92,15 +93,15 @@ def test_what_is_timed_follows_the_steps(tiny_cnn, monkeypatch):
 def test_memory_grows_with_what_is_kept_up_to_the_cache(tiny_cnn):
     def memory(**settings):
         keys = {key.replace("__", "."): value for key, value in settings.items()}
-        return forecast(read("qdrop", QUICK | {"reconstruction.iterations": 9} | keys), tiny_cnn()).memory_bytes
+        return forecast(read("qdrop", QUICK | {"reconstruction.iterations": 9} | keys), tiny_cnn()).memory
 
     few = memory(calibration_images=4)
     many = memory(images=100_000, calibration_images=100_000)
     capped = memory(images=100_000, calibration_images=100_000, reconstruction__cache_gib=0.5)
-    assert few < capped < many
+    assert few.peak < capped.peak < many.peak and many.mapped < capped.mapped
     # Word for word what a run says of itself.
     keys = {"reconstruction.iterations": 9, "images": 100_000, "calibration_images": 100_000}
-    assert many == estimate(read("qdrop", QUICK | keys), as_teacher(tiny_cnn()), {}).peak
+    assert many == estimate(read("qdrop", QUICK | keys), as_teacher(tiny_cnn()), {})
 
 
 def test_real_images_that_are_kept_apart_are_forecast_too(tiny_cnn):
@@ -109,6 +110,15 @@ def test_real_images_that_are_kept_apart_are_forecast_too(tiny_cnn):
     assert "quantize" in {part.stage for part in forecast(recipe, tiny_cnn(), calibration=real).parts}
     found = forecast(recipe, tiny_cnn(), calibration=real, only_images=True)
     assert {part.stage for part in found.parts} == {"capture", "synthesize", "measure"}
+
+
+def test_files_that_the_cache_has_no_room_for_are_told(tiny_cnn, capsys, tmp_path):
+    many = {"reconstruction.iterations": 9, "images": 20_000, "calibration_images": 20_000, "reconstruction.cache_gib": 0.5}
+    found = forecast(read("qdrop", QUICK | many), tiny_cnn())
+    show(found, tmp_path, {}, json=False)
+    (told,) = [part for part in capsys.readouterr().out.splitlines() if part.startswith("memory: ")]
+    assert told == f"{found.memory.told()} from the network, the batches and the images held"
+    assert "GiB of files" in told and found.as_dict()["file_bytes"] == found.memory.mapped > 0
 
 
 def test_images_alone_take_no_quantization(tiny_cnn):

@@ -53,7 +53,8 @@ def test_what_finds_no_room_in_the_cache_is_told_beside_the_peak(tiny_cnn):
     in_files = memory.estimate(read("qdrop", settings | {"reconstruction.cache_gib": 0.5}), network, {})
     assert all_in_memory.mapped == 0 and "files" not in all_in_memory.told()
     assert in_files.cache == 2**29 and abs(in_files.cache + in_files.mapped - all_in_memory.cache) <= 1
-    assert in_files.told().endswith(f", estimated, and up to {in_files.mapped / 2**30:.1f} GiB of files while there is room")
+    files = f"and up to {in_files.mapped / 2**30:.1f} GiB of files while there is room"
+    assert in_files.told() == f"memory: about {in_files.peak / 2**30:.1f} GiB at the peak (round) {files}, estimated"
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(tiny_cnn, tmp_path):

@@ -17,6 +17,7 @@ from reverie import pipeline, runs
 from reverie.errors import ConfigError, ExportError, ModelError
 from reverie.export import _verify
 from reverie.export._packed import restore
+from reverie.forecast import forecast
 from reverie.images.store import load_images
 from reverie.models import InputContract, Network
 from reverie.pipeline import run
@@ -325,6 +326,30 @@ def test_units_that_cannot_be_isolated_are_refused_before_images_are_made(tmp_pa
     assert str(caught.value).endswith(" for 2 images; use --set reconstruction.unit=network")
     # The folder is free for the cure.
     run(read("noise", settings | {"reconstruction.unit": "network"}), network, output=tmp_path / "run")
+
+
+def test_a_distillation_that_learns_nothing_is_refused_before_images_are_made(tmp_path, monkeypatch):
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5, bias=False))
+    contract = InputContract(channels=3, height=4, width=4, mean=(0.5,) * 3, std=(0.25,) * 3)
+    network = Network(name="unbiased", module=module.eval(), input=contract, classes=5)
+    kept = {"learned_weights": False, "learned_ranges": False, "weight_ranges": "fixed", "steps": 2}
+    settings = {f"distillation.{key}": value for key, value in kept.items()}
+    settings |= {"export.method": "none", "images": 4, "held_out": 4, "quantization.bias_correction": False}
+
+    def never(*arguments):
+        raise AssertionError("images were made")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "synthesize", never)
+        for asked, output in ((run, {"output": tmp_path / "run"}), (forecast, {})):
+            with pytest.raises(ConfigError) as caught:
+                asked(read("noise", settings), network, **output)
+            assert str(caught.value) == (
+                "distillation.learned_weights must be true for a network without biases where no scale is learned, got false; leave it "
+                "out, or use --set distillation.learned_ranges=true"
+            )
+    # The folder is free for the cure.
+    run(read("noise", settings | {"distillation.learned_ranges": True}), network, output=tmp_path / "run")
 
 
 def test_a_network_without_batch_norm_is_refused_before_anything_is_made(tmp_path, quick):

@@ -93,6 +93,26 @@ _BITS = ("quantization.", "mixed_precision.", "bits.")
 
 
 @dataclass(frozen=True)
+class _Learned:
+    """What the student learns from.
+
+    Args:
+        real: How many real images there are.
+        alone: Whether nothing else is learned from.
+        halved: Whether synthetic ones have half the side, and are whole again once `joined`.
+        leaves: Whether they begin as dead leaves.
+        apart: Whether codes are learned without the real ones, which are distilled on.
+    """
+
+    real: int
+    alone: bool
+    halved: bool
+    joined: bool
+    leaves: bool
+    apart: bool
+
+
+@dataclass(frozen=True)
 class Choice:
     """What `best` chose.
 
@@ -143,17 +163,9 @@ def choose(
     asked = read("zeroq", {key: value for key, value in wanted.items() if key.startswith(_BITS)})
     teacher = as_teacher(network, device) if minutes is not None or _side(network) >= _LARGE else None
     weights, activations = _fewest_bits(asked)
-    halved = teacher is not None and _halves(teacher, wanted)
-    joined = halved and _joins(network, activations, wanted)
-    dreams = _dreams(network) and wanted.get("images") != 0
-    if joined and not dreams:
-        # Real images are whole without being joined.
-        halved = joined = False
-    leaves = joined and wanted.get("synthesis.method", "zeroq") == "zeroq"
-    real = 0 if calibration is None else len(calibration)
-    apart = joined and _keeps_apart(real, wanted)
-    images, why = _images(network, dreams, halved, joined, leaves, apart, real)
-    found = _candidates(weights, activations, _side(network) > _SMALL, apart, images, why)
+    learned = _learned(network, teacher, activations, 0 if calibration is None else len(calibration), wanted)
+    images, why = _images(network, learned)
+    found = _candidates(weights, activations, _side(network) > _SMALL, learned.apart, images, why)
     advice = _advice(asked, network)
     candidates = [
         replace(choice, settings={**choice.settings, **_own_bits(asked)}, reasons=(*choice.reasons, *advice))
@@ -233,17 +245,19 @@ def _candidates(
         apart: Whether real images are to be distilled on alone.
         images, why: What the recipes learn from, and the reasons.
     """
+    # Recipes come with bits of their own.
+    images = images | {"quantization.weight_bits": weights, "quantization.activation_bits": activations}
     if weights == activations == 8:
         return [
             Choice(
                 "zeroq",
-                images | _bits(weights, activations),
+                images,
                 ("8 bits: nearest rounding and corrected biases lose next to nothing", *why),
             )
         ]
     gptq = Choice(
         "gptq",
-        images | _bits(weights, activations),
+        images,
         ("gptq: weights rounded by second moments, as good as learned layer by layer and much faster", *why),
     )
     if activations == 8 and weights > 2:
@@ -258,7 +272,7 @@ def _candidates(
     named = f"W{weights}A{activations}"
     dropped = f", {'a fifth' if large else 'half'} of all values unquantized" if activations < 8 else ""
     learned = f"qdrop: at {named} codes and ranges are learned together, block by block{dropped}"
-    qdrop = Choice("qdrop", images | _bits(weights, activations) | blocks, (learned, *why))
+    qdrop = Choice("qdrop", images | blocks, (learned, *why))
     if large:
         if not apart:
             return [qdrop, gptq]
@@ -315,24 +329,37 @@ def _keeps_apart(real: int, wanted: Mapping[str, Any]) -> bool:
     return bool(real and wanted.get("real_apart", real >= _ENOUGH_TO_DISTIL))
 
 
-def _bits(weights: int, activations: int) -> dict[str, Any]:
-    """Recipes come with bits of their own."""
-    return {"quantization.weight_bits": weights, "quantization.activation_bits": activations}
-
-
 def _dreams(network: Network) -> bool:
     """Whether there is any batch norm to make images from."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.module.modules())
 
 
-def _images(
-    network: Network, dreams: bool, halved: bool, joined: bool, leaves: bool, apart: bool, real: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _learned(network: Network, teacher: Teacher | None, activations: int, real: int, wanted: Mapping[str, Any]) -> _Learned:
+    """What is learned from where there are `real` real images.
+
+    Args:
+        teacher: None for small images.
+        activations: Their bits.
+    """
+    halved = teacher is not None and _halves(teacher, wanted)
+    joined = halved and _joins(network, activations, wanted)
+    dreams = _dreams(network) and wanted.get("images") != 0
+    if joined and not dreams:
+        # Real images are whole without being joined.
+        halved = joined = False
+    apart = joined and _keeps_apart(real, wanted)
+    alone = real > 0 and not (dreams and (apart or real < _ENOUGH_REAL))
+    leaves = joined and wanted.get("synthesis.method", "zeroq") == "zeroq"
+    return _Learned(real, alone, halved, joined, leaves, apart)
+
+
+def _images(network: Network, learned: _Learned) -> tuple[dict[str, Any], tuple[str, ...]]:
     """How many images of which kind and size, and why."""
+    halved, joined, real = learned.halved, learned.joined, learned.real
     settings: dict[str, Any] = {"image_scale": 0.5} if halved else {}
     half = network.input.scaled(0.5)
     size = f" of {half.height} x {half.width}" if halved else ""
-    if (real >= _ENOUGH_REAL and not apart) or (real and not dreams):
+    if learned.alone:
         settings |= {"images": 0, "held_out": 0, "calibration_images": _ENOUGH_REAL}
         without = "" if _dreams(network) else ", as the network has no batch norm to make any from"
         scaled = f", scaled down to {half.height} x {half.width}" if halved else ""
@@ -354,9 +381,9 @@ def _images(
         "synthesis.batch": batch,
         "synthesis.class_weight": 0.0,
     }
-    if leaves:
+    if learned.leaves:
         settings |= {"synthesis.start": "leaves", "synthesis.learning_rate": 0.05}
-    start = "dead leaves" if leaves else "natural noise"
+    start = "dead leaves" if learned.leaves else "natural noise"
     beside = f", beside {real} real ones" if real else ""
     more = ", four of which cost what a whole one does" if halved else ""
     made = f"images: {count}{size} by zeroq in {steps} steps from {start}, no class asked for{more}{beside}"

@@ -32,8 +32,7 @@ from reverie.request import check
 from reverie.rounding.nearest import Nearest
 from reverie.stages import (
     as_teacher,
-    check_bits,
-    check_units,
+    check_captured,
     estimating,
     method_name,
     synthesizes,
@@ -87,12 +86,12 @@ class Forecast:
 
     Args:
         parts: In their order.
-        memory_bytes: Peak, expected.
+        memory: Expected.
         budget: What a budget makes of the steps, if there is one.
     """
 
     parts: tuple[Part, ...]
-    memory_bytes: int
+    memory: memory.Estimate
     budget: Schedule | None
 
     @property
@@ -111,7 +110,8 @@ class Forecast:
             "parts": [asdict(part) for part in self.parts],
             "seconds": self.seconds,
             "timed_share": self.timed_share,
-            "memory_bytes": self.memory_bytes,
+            "memory_bytes": self.memory.peak,
+            "file_bytes": self.memory.mapped,
             "budget": None if self.budget is None else asdict(self.budget),
         }
 
@@ -147,8 +147,7 @@ def forecast(
         recipe = _images_alone(recipe)
         needed = memory.estimate_images_alone(recipe, teacher, given)
     else:
-        check_bits(recipe, teacher)
-        check_units(recipe, teacher)
+        check_captured(recipe, teacher)
         needed = memory.estimate(recipe, teacher, given)
     memory.limited(recipe, needed, memory_limit)
     parts = [Part("capture", "the graph, and whether the request can be met", None, time.perf_counter() - began, "timed")]
@@ -181,7 +180,7 @@ def forecast(
     parts.append(Part("measure", "fidelity of the images", recipe.images, fidelity, "passes"))
     if plots.available():
         parts.append(Part("measure", "plots", None, _PLOTS, "guessed"))
-    return Forecast(tuple(parts), needed.peak, shortened)
+    return Forecast(tuple(parts), needed, shortened)
 
 
 def _images_alone(recipe: Recipe) -> Recipe:

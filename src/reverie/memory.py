@@ -68,8 +68,8 @@ class Estimate:
 
     def told(self) -> str:
         """For the user."""
-        files = f", and up to {self.mapped / _GIB:.1f} GiB of files while there is room" if self.mapped > _GIB / 10 else ""
-        return f"memory: about {self.peak / _GIB:.1f} GiB at the peak ({self.stage}), estimated{files}"
+        files = f" and up to {self.mapped / _GIB:.1f} GiB of files while there is room" if self.mapped > _GIB / 10 else ""
+        return f"memory: about {self.peak / _GIB:.1f} GiB at the peak ({self.stage}){files}, estimated"
 
     def cache_within(self, limit: float) -> float:
         """GiB that are left for the cache of reconstruction.

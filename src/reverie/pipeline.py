@@ -47,8 +47,7 @@ from reverie.stages import (
     TITLES,
     answered,
     as_teacher,
-    check_bits,
-    check_units,
+    check_captured,
     decide_bits,
     estimating,
     learned_from,
@@ -141,8 +140,7 @@ def run(
             with free_if_refused(directory):
                 teacher = with_capsule(as_teacher(network, device), recipe, calibration, capsule)
                 small, learning = views(recipe, teacher)
-                check_bits(recipe, teacher)
-                check_units(recipe, teacher)
+                check_captured(recipe, teacher)
                 needed = memory.estimate(recipe, teacher, sets)
                 lean = memory.limited(recipe, needed, memory_limit)
             progress.say(needed.told())

@@ -30,6 +30,7 @@ from reverie.randomness import Seed
 from reverie.recipe import Quantization, Recipe
 from reverie.recipes import fingerprint
 from reverie.recovery.border import check_isolated
+from reverie.recovery.distillation import check_learns
 from reverie.recovery.mixed_precision import Decision, check_budgets, choose_bits
 from reverie.synthesis import ImageStream, Streaming, Teacher
 from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule
@@ -261,12 +262,21 @@ def check_bits(recipe: Recipe, teacher: Teacher) -> None:
         check_budgets(reference, student, teacher.input.shape, recipe.mixed_precision, recipe.bits)
 
 
-def check_units(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuses units of reconstruction that cannot be executed by themselves.
+def check_captured(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuses what only the captured graph can tell, before anything is made.
 
     Raises:
-        ModelError: Names the unit, with the reason.
+        ConfigError: As `check_bits`; or distillation has nothing to learn.
+        ModelError: A unit of reconstruction cannot be executed by itself; names it, with the reason.
     """
+    check_bits(recipe, teacher)
+    _check_units(recipe, teacher)
+    if recipe.distillation.steps and not recipe.distillation.learned_weights:
+        _, student = student_of(teacher.graph, replace(recipe.quantization, equalize=False))
+        check_learns(student, recipe.distillation)
+
+
+def _check_units(recipe: Recipe, teacher: Teacher) -> None:
     if recipe.rounding.needs != "reconstruction":
         return
     reference, student = student_of(teacher.graph, replace(recipe.quantization, equalize=False))

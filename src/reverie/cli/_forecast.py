@@ -19,7 +19,6 @@ def show(found: "Forecast", output: Path, facts: dict[str, Any], *, json: bool) 
         facts: What else the JSON document says.
     """
     from reverie.progress import duration_text
-    from reverie.report.outcome import memory_text
 
     if json:
         say_json({"dry_run": True, **facts, "output": str(output), **found.as_dict()})
@@ -42,9 +41,7 @@ def show(found: "Forecast", output: Path, facts: dict[str, Any], *, json: bool) 
     say_wrapped(
         f"time: about {duration_text(found.seconds)}, {found.timed_share:.0%} of it from timed steps; stages that stop early take less"
     )
-    say_wrapped(
-        f"memory: about {memory_text(found.memory_bytes)} at the peak, estimated from the network, the batches and the images held"
-    )
+    say_wrapped(f"{found.memory.told()} from the network, the batches and the images held")
     say(f"output: {_state(output)}")
     say("nothing was written; the same command without --dry-run runs it")
 

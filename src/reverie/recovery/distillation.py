@@ -148,6 +148,7 @@ def distil(
         ConfigError: Labels are asked for, and a batch has none; or there is nothing to learn.
         DivergenceError: The loss is lost; the last checkpoint is from before.
     """
+    check_learns(student, settings)
     weights, scales = _learn(student, settings)
     gains = _gains(teacher, student) if settings.learned_weights else {}
     groups: list[dict[str, Any]] = [
@@ -155,11 +156,6 @@ def distil(
         {"params": list(scales.values()), "lr": settings.scale_rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise ConfigError(
-            "distillation.learned_weights must be true for a network without biases where no scale is learned, got false; leave it out, "
-            "or use --set distillation.learned_ranges=true"
-        )
     learned = weights | scales
     optimizer = (
         torch.optim.Adam(groups) if settings.optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9, nesterov=True)
@@ -226,19 +222,37 @@ def divergence(
     return temperature**2 * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-def _learn(student: Student, settings: Distillation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is learned, by name: tensors of the graph, which become leaves with gradients; and the gains of scales."""
-    graph = student.graph
+def check_learns(student: Student, settings: Distillation) -> None:
+    """Refuses settings that leave nothing to learn.
+
+    Raises:
+        ConfigError: There is nothing; with the cure.
+    """
+    if not (settings.learned_ranges or settings.weight_ranges == "learned" or _learned_tensors(student, settings)):
+        raise ConfigError(
+            "distillation.learned_weights must be true for a network without biases where no scale is learned, got false; leave it out, "
+            "or use --set distillation.learned_ranges=true"
+        )
+
+
+def _learned_tensors(student: Student, settings: Distillation) -> set[str]:
+    """Names of the graph's tensors that are learned: biases and those of batch norms, and weights unless they stay what they are."""
     names = {layer.bias for layer in student.layers.values() if layer.bias is not None}
     if settings.learned_weights:
         names |= {layer.weight for layer in student.layers.values()}
-    for node in graph.graph.nodes:
+    for node in student.graph.graph.nodes:
         if node.op == "call_function" and node.target is BATCH_NORM:
             named = arguments(node)
             names |= {str(named[key].target) for key in ("weight", "bias") if named[key] is not None}
+    return names
+
+
+def _learn(student: Student, settings: Distillation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is learned, by name: tensors of the graph, which become leaves with gradients; and the gains of scales."""
+    graph = student.graph
     for name, layer in student.layers.items():
         student.weights[name].release(graph.get_buffer(layer.weight))
-    weights = {name: graph.get_buffer(name).requires_grad_() for name in sorted(names)}
+    weights = {name: graph.get_buffer(name).requires_grad_() for name in sorted(_learned_tensors(student, settings))}
     scales: dict[str, Tensor] = {}
     for name, quantizer in student.weights.items():
         if settings.weight_ranges == "minmax":
