@@ -31,6 +31,8 @@ from reverie.rounding import FromMoments, FromWeights, Moments
 COLUMNS = 32
 # Images whose patches are in memory at a time.
 _BATCH = 64
+# Rows of a matrix of moments that are multiplied at a time.
+_STRIP = 512
 
 
 @torch.no_grad()
@@ -119,11 +121,15 @@ def _moments(
         due = due.view(-1, 1, 1, 1)
         left, answer = _columns(x), _columns(y)
         right = left if weights is None else _columns(due * x)
-        inputs += left @ right.mT
+        # Symmetric: what lies below the diagonal is mirrored at the end.
+        for first in range(0, size, _STRIP):
+            strip = slice(first, first + _STRIP)
+            inputs[:, strip, first:] += left[:, strip] @ right[:, first:].mT
         answered += answer @ right.mT
         power += (due * y.square()).sum((0, 3))
     total = share * trust.sum().double()
-    return Moments(inputs / total, answered / total, power / total)
+    upper = inputs.triu_()
+    return Moments((upper + upper.triu(1).mT) / total, answered / total, power / total)
 
 
 def _groups(layer: fx.Node) -> int:

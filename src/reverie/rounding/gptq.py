@@ -95,10 +95,12 @@ class GPTQ:
         rows = (rows / scale).gather(2, across)
         target, nearest = rows + change / scale, _rounded(rows, ends)
         codes = _fed_back(target, lower.flip(1, 2), ends)
-        better = _error(target - codes, quadratic) < _error(target - nearest, quadratic)
-        codes = torch.where(better, codes, nearest)
+        slope, other = (target - codes) @ quadratic, (target - nearest) @ quadratic
+        better = (slope * (target - codes)).sum(-1, keepdim=True) < (other * (target - nearest)).sum(-1, keepdim=True)
+        codes, slope = torch.where(better, codes, nearest), torch.where(better, slope, other)
         for _ in range(self.sweeps):
-            codes = _swept(codes, target, quadratic, ends)
+            if not _sweep_(codes, slope, quadratic, ends):
+                break
         codes = torch.empty_like(codes).scatter_(2, across, codes) + zero
         return codes.reshape(weight.shape).to(weight.dtype)
 
@@ -108,10 +110,6 @@ Ends = tuple[Tensor, Tensor]
 
 def _rounded(steps: Tensor, ends: Ends) -> Tensor:
     return steps.round().clamp(*ends)
-
-
-def _error(errors: Float[Tensor, "groups out size"], quadratic: Float[Tensor, "groups size size"]) -> Tensor:
-    return ((errors @ quadratic) * errors).sum(-1, keepdim=True)
 
 
 def _fed_back(
@@ -131,28 +129,34 @@ def _fed_back(
     return codes
 
 
-def _swept(
+def _sweep_(
     codes: Float[Tensor, "groups out size"],
-    target: Float[Tensor, "groups out size"],
+    slope: Float[Tensor, "groups out size"],
     quadratic: Float[Tensor, "groups size size"],
     ends: Ends,
-) -> Float[Tensor, "groups out size"]:
-    """Codes none of whose columns had a better code when it was its turn."""
-    codes = codes.clone()
-    slope = (target - codes) @ quadratic
+) -> bool:
+    """Moves each column in turn to its best code, in place; whether any moved.
+
+    Args:
+        slope: (target - codes) @ quadratic, kept so.
+    """
     diagonal = quadratic.diagonal(dim1=1, dim2=2).unsqueeze(1)
-    for first in range(0, target.shape[-1], _BLOCK):
+    any_moved = False
+    for first in range(0, codes.shape[-1], _BLOCK):
         block = slice(first, first + _BLOCK)
-        before, steepness = codes[..., block].clone(), slope[..., block]
+        before, steepness = codes[..., block].clone(), slope[..., block].clone()
         within, curvature = quadratic[:, block, block], diagonal[..., block]
         for column in range(before.shape[-1]):
             best = before[..., column] + steepness[..., column] / curvature[..., column]
             codes[..., first + column] = _rounded(best.unsqueeze(-1), ends)[..., 0]
             moved = codes[..., first + column] - before[..., column]
-            steepness -= moved.unsqueeze(-1) * within[:, column, None]
-        # What the block's own columns did to its slope is in it already, but nothing reads that again.
-        slope[..., first + _BLOCK :] -= (codes[..., block] - before) @ quadratic[:, block, first + _BLOCK :]
-    return codes
+            # Nothing reads again what this does to the columns before.
+            steepness[..., column + 1 :] -= moved.unsqueeze(-1) * within[:, column, None, column + 1 :]
+        moved = codes[..., block] - before
+        if bool(moved.any()):
+            any_moved = True
+            slope -= moved @ quadratic[:, block]
+    return any_moved
 
 
 METHOD = GPTQ
