@@ -14,7 +14,11 @@ from reverie.budget import Schedule
 from reverie.errors import BudgetError, ConfigError
 from reverie.images import Images
 from reverie.models import InputContract, Network
+from reverie.plugins import name_of
 from reverie.recipes import read
+from reverie.stages import as_teacher
+from reverie.synthesis._capsule import capsule_of
+from reverie.synthesis.gdfq import Gdfq
 
 
 def bits(weights, activations):
@@ -72,6 +76,8 @@ def test_of_large_images_more_are_made_in_half_the_size_and_no_class_is_asked_fo
 
 MADE = "images: 256 of 64 x 64 by zeroq in 100 steps from natural noise, no class asked for, four of which cost what a whole one does"
 LEAVED = "images: 1024 of 64 x 64 by zeroq in 50 steps from dead leaves, no class asked for, four of which cost what a whole one does"
+BLOCKS = "qdrop: at W4A4 codes and ranges are learned together, block by block"
+DISTILLED = "distillation: then the whole network at once, on images that are"
 JOINED = "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have"
 
 
@@ -224,6 +230,79 @@ def test_what_the_user_wants_wins(tiny_cnn):
     wanted = bits(4, 4) | {"images": 7, "reconstruction.iterations": 3}
     recipe = choose(tiny_cnn(), wanted).recipe(wanted)
     assert (recipe.images, recipe.reconstruction.iterations) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "made"),
+    [
+        ({"synthesis.method": "noise"}, "images: 1024 by noise"),
+        ({"synthesis.method": "gdfq"}, f"images: 1024 by gdfq in {Gdfq().steps} steps"),
+        ({"activations.method": "minmax"}, "images: 1024 by zeroq in 50 steps from natural noise, no class asked for"),
+    ],
+)
+@pytest.mark.parametrize("number", [bits(4, 4), bits(2, 2), bits(2, 8)])
+def test_settings_of_methods_in_whose_place_the_user_wants_others_are_left_out(tiny_cnn, number, wanted, made):
+    choice = choose(tiny_cnn(), number | wanted)
+    recipe = choice.recipe(number | wanted)
+    assert {name_of(recipe.synthesis), name_of(recipe.activations)} >= set(wanted.values())
+    assert made in choice.reasons
+
+
+@pytest.mark.parametrize(
+    ("side", "wanted", "told", "silent"),
+    [
+        (16, {"images": 64, "synthesis.steps": 7}, "images: 64 by zeroq in 7 steps from natural noise, no class asked for", ""),
+        (
+            16,
+            {"distillation.steps": 0},
+            "images: 1024 by zeroq in 50 steps from natural noise, no class asked for",
+            "distillation",
+        ),
+        (16, {"distillation.cut_mix": 0.0, "distillation.colour": 0.0}, f"{DISTILLED} cropped and mirrored anew", "zz"),
+        (16, {"rounding.method": "nearest"}, "nearest: as asked", "qdrop"),
+        (16, {"reconstruction.drop": 0.3}, f"{BLOCKS}, 30% of all values unquantized", ""),
+        (128, {"synthesis.start": "natural"}, LEAVED.replace("dead leaves", "natural noise"), "dead"),
+    ],
+)
+def test_what_is_told_is_what_runs(side, wanted, told, silent):
+    choice = choose(sized(side, pooled()), bits(4, 4) | wanted)
+    assert told in choice.reasons
+    assert not silent or not any(silent in reason for reason in choice.reasons)
+
+
+@pytest.mark.parametrize(
+    ("side", "wanted"),
+    [
+        (16, {"distillation.class_weight": 1.0}),
+        (128, {"distillation.class_weight": 1.0}),
+        (128, {"quantization.bias_correction": True}),
+        (128, {"quantization.batch_norm_adaptation": True}),
+    ],
+)
+def test_nothing_is_chosen_that_what_the_user_wants_forbids(side, wanted):
+    real = Images(inputs=torch.zeros(1).expand(500, 3, side, side), sources=("real",) * 500)
+    recipe = choose(sized(side, pooled()), bits(4, 4) | wanted, calibration=real).recipe(bits(4, 4) | wanted)
+    if side == 16:
+        assert (recipe.distillation.steps, recipe.distillation.cut_mix) == (600, 0)
+    elif "distillation.class_weight" in wanted:
+        assert not recipe.mosaic
+    else:
+        assert recipe.real_apart == ("quantization.bias_correction" not in wanted)
+
+
+@pytest.mark.parametrize("with_capsule", [False, True])
+def test_a_budget_knows_what_real_images_tell(tiny_cnn, monkeypatch, with_capsule):
+    seen = []
+
+    def fit(recipe, teacher, real, minutes, *, progress):
+        seen.append(teacher.capsule is not None)
+        return Schedule(minutes, 1.0, {})
+
+    monkeypatch.setattr(best, "fit", fit)
+    few = tiny_cnn().held_out()
+    known = {"capsule": capsule_of(as_teacher(tiny_cnn()), few)} if with_capsule else {"calibration": few}
+    choice = choose(tiny_cnn(), bits(4, 4) | {"synthesis.method": "fdda"}, minutes=5.0, **known)
+    assert seen == [True] and choice.reasons[-1] == "budget: qdrop and distillation fit 5 min"
 
 
 @pytest.mark.parametrize(

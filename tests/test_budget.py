@@ -85,6 +85,17 @@ def test_a_generator_that_goes_on_training_costs_a_step_of_its_own(teacher, monk
     }
 
 
+def test_no_stage_is_left_with_fewer_than_ten_steps_for_which_the_others_give_more():
+    recipe = read("gdfq", {"synthesis.steps": 400, "synthesis.refine_steps": 40, "distillation.steps": 4})
+    own = learning_steps(recipe)
+    assert own["distillation.steps"] == 4
+    costs = dict.fromkeys(own, 0.1) | {"synthesis.steps": 1.0}
+    for minutes in (0.5, 1.0, 3.0):
+        steps = budget.schedule(recipe, costs, minutes).steps
+        assert steps["distillation.steps"] == 4 and steps["synthesis.refine_steps"] >= 10
+        assert sum(steps[key] * costs[key] for key in own) == pytest.approx(60 * minutes, abs=0.6)
+
+
 def test_all_stages_are_shortened_by_the_same_factor(teacher):
     settings = {"synthesis.steps": 4000, "reconstruction.iterations": 2000, "clipping.images": 4, "clipping.steps": 1000}
     recipe = read("adaround", QUICK | settings)
@@ -130,7 +141,7 @@ def test_a_budget_that_is_too_small_is_refused(tiny_cnn, teacher, rounded, monke
         "budget must be at least 0.3 min for this network and recipe here, got 0.2; "
         "give it more, or choose a recipe whose steps cost less"
     )
-    assert fit(rounded, teacher, None, 0.3, progress=Silent()).steps == {"synthesis.steps": 9, "reconstruction.iterations": 17}
+    assert fit(rounded, teacher, None, 0.3, progress=Silent()).steps == {"synthesis.steps": 10, "reconstruction.iterations": 16}
     with pytest.raises(ConfigError, match=r"budget must be at least 0\.3 min"):
         run(rounded, tiny_cnn(), output=tmp_path / "small", budget=0.2)
     # So that a larger one can go there.

@@ -64,7 +64,7 @@ def test_the_map_in_the_architecture_page_is_the_real_one():
     rooms = {line.split()[0]: line for line in tree.splitlines() if line[:2] == "  " and line[2] != " "}
     source = Path(export.__path__[0]).parent
     real = {path.name + "/" * path.is_dir() for path in source.iterdir() if not path.name.startswith(("_", "py.typed"))}
-    assert {name for name in rooms if name.endswith(("/", ".py"))} | {"recipes/"} == real
+    assert {name for name in rooms if name.endswith(("/", ".py"))} == real
     for package in PACKAGES:
         line = rooms[package.__name__.rpartition(".")[2] + "/"]
         listed = line.partition("plug-ins: ")[2].partition(";")[0].split(", ")

@@ -346,10 +346,10 @@ def test_a_distillation_that_learns_nothing_is_refused_before_images_are_made(tm
                 asked(read("noise", settings), network, **output)
             assert str(caught.value) == (
                 "distillation.learned_weights must be true for a network without biases where no scale is learned, got false; leave it "
-                "out, or use --set distillation.learned_ranges=true"
+                "out, or use --set distillation.weight_ranges=learned"
             )
     # The folder is free for the cure.
-    run(read("noise", settings | {"distillation.learned_ranges": True}), network, output=tmp_path / "run")
+    run(read("noise", settings | {"distillation.weight_ranges": "learned"}), network, output=tmp_path / "run")
 
 
 def test_a_network_without_batch_norm_is_refused_before_anything_is_made(tmp_path, quick):

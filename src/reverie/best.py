@@ -34,27 +34,26 @@ With a budget, the first recipe of the list whose steps fit it, or fit it by hal
 much it takes.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from reverie import received
-from reverie.budget import check_budget, fit
+from reverie.budget import Schedule, check_budget, fit
 from reverie.errors import BudgetError, at
 from reverie.grid import MAX_BITS, MIN_BITS
 from reverie.images import Images
 from reverie.models import Network
 from reverie.progress import Progress, Silent, duration_text
+from reverie.reasons import has_batch_norm, reasons
 from reverie.recipe import Recipe
 from reverie.recipes import read
 from reverie.records import PUT_BACK
 from reverie.runs import read_record
-from reverie.stages import as_teacher, check_device, takes
+from reverie.stages import as_teacher, check_device, takes, with_capsule
 from reverie.synthesis import Streaming, Teacher
+from reverie.synthesis._capsule import Capsule
 
 # So many real images calibrate and round alone; fewer have synthetic ones beside them.
 _ENOUGH_REAL = 1024
@@ -141,6 +140,7 @@ def choose(
     overrides: Mapping[str, Any] | None = None,
     *,
     calibration: Images | None = None,
+    capsule: Capsule | None = None,
     minutes: float | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -150,6 +150,7 @@ def choose(
     Args:
         overrides: What the user wants in any case, by dotted key, such as `{"quantization.weight_bits": 4}`; bits are 8 unless given.
         calibration: Real images.
+        capsule: What real images told; read where a wanted method needs it.
         minutes: What the stages that learn may take; candidates are timed against it.
         device: Where.
 
@@ -160,31 +161,25 @@ def choose(
     if minutes is not None:
         check_budget(minutes)
     wanted = dict(overrides or {})
-    asked = read("zeroq", {key: value for key, value in wanted.items() if key.startswith(_BITS)})
+    # Biases are corrected in some of the recipes, and are not bits.
+    bits_alone = {key: value for key, value in wanted.items() if key.startswith(_BITS)}
+    asked = read("zeroq", {"quantization.bias_correction": False} | bits_alone)
     teacher = as_teacher(network, device) if minutes is not None or _side(network) >= _LARGE else None
-    weights, activations = _fewest_bits(asked)
-    learned = _learned(network, teacher, activations, 0 if calibration is None else len(calibration), wanted)
-    images, why = _images(network, learned)
-    found = _candidates(weights, activations, _side(network) > _SMALL, learned.apart, images, why)
-    advice = _advice(asked, network)
-    candidates = [
-        replace(choice, settings={**choice.settings, **_own_bits(asked)}, reasons=(*choice.reasons, *advice))
-        for choice in found
-    ]
-    if minutes is None or teacher is None or len(candidates) == 1:
-        return candidates[0]
-    passed: list[str] = []
-    for candidate in candidates:
-        told = _verdict(candidate, wanted, teacher, calibration, minutes, progress or Silent())
-        if told is None or candidate is candidates[-1]:
-            fits = (
-                f"budget: {candidate.name} {'fits' if candidate.name == candidate.preset else 'fit'} {minutes:g} min"
-                if told is None
-                else f"budget: {told}, and nothing is quicker"
-            )
-            return Choice(candidate.preset, candidate.settings, (*candidate.reasons, *passed, fits))
-        passed.append(f"budget: {told}, so not that")
-    raise AssertionError("there is a last candidate")
+    bits, real = _fewest_bits(asked), 0 if calibration is None else len(calibration)
+    learned = _learned(network, teacher, bits[1], real, wanted)
+    shared = _images(network, learned) | _own_bits(asked)
+    found = _candidates(*bits, _side(network) > _SMALL, learned.apart, wanted)
+    candidates = [Choice(preset, _chosen_methods(shared | settings, wanted), ()) for preset, settings in found]
+    choice, told = candidates[0], list[str]()
+    if minutes is not None and teacher is not None and len(candidates) > 1:
+
+        def schedule(recipe: Recipe) -> Schedule:
+            known = with_capsule(teacher, recipe, calibration, capsule)
+            return fit(recipe, known, calibration, minutes, progress=progress or Silent())
+
+        choice, told = _within(minutes, candidates, wanted, schedule)
+    why = reasons(choice.recipe(wanted), network, real=real, bits=bits)
+    return replace(choice, reasons=(*why, *told))
 
 
 def chosen_in(folder: Path) -> Choice | None:
@@ -198,30 +193,35 @@ def chosen_in(folder: Path) -> Choice | None:
     return None if noted is None else Choice(noted["preset"], noted["settings"], tuple(noted["reasons"]))
 
 
-def _verdict(
-    choice: Choice, wanted: Mapping[str, Any], teacher: Teacher, real: Images | None, minutes: float, progress: Progress
-) -> str | None:
-    """Why the recipe does not fit; None if it does."""
-    recipe = choice.recipe(wanted)
-    try:
-        schedule = fit(recipe, teacher, real, minutes, progress=progress)
-    except BudgetError as error:
-        return f"{choice.name}: {str(error).partition(';')[0]}"
-    if schedule.factor >= _LEAST_SHARE:
-        return None
-    return f"{choice.name} would take about {duration_text(60 * minutes / schedule.factor)}"
+def _within(
+    minutes: float, candidates: list[Choice], wanted: Mapping[str, Any], schedule: Callable[[Recipe], Schedule]
+) -> tuple[Choice, list[str]]:
+    """The first of them that fits, or the last, and how that came about.
+
+    Args:
+        schedule: What the minutes make of a recipe.
+    """
+    told: list[str] = []
+    for candidate in candidates:
+        name = candidate.name
+        try:
+            factor = schedule(candidate.recipe(wanted)).factor
+        except BudgetError as error:
+            short = f"{name}: {str(error).partition(';')[0]}"
+        else:
+            if factor >= _LEAST_SHARE:
+                return candidate, [*told, f"budget: {name} {'fits' if name == candidate.preset else 'fit'} {minutes:g} min"]
+            short = f"{name} would take about {duration_text(60 * minutes / factor)}"
+        told.append(f"budget: {short}, {'and nothing is quicker' if candidate is candidates[-1] else 'so not that'}")
+    return candidates[-1], told
 
 
 def _fewest_bits(recipe: Recipe) -> tuple[int, int]:
     """The bits of weights and activations that a method must cope with: those of the tensors that have the fewest.
 
-    Where bits are chosen, most tensors will have at least the mean rounded down; a limit of bit operations alone is a mean of their products.
+    Where bits are chosen, most tensors will have at least the mean rounded down.
     """
-    mixed, (weights, activations) = recipe.mixed_precision, recipe.mean_bits
-    if mixed.bit_operations:
-        product, weights, activations = mixed.bit_operations, mixed.effective_bits, mixed.effective_activation_bits
-        weights = weights or min(product / activations if activations else math.sqrt(product), MAX_BITS)
-        activations = activations or min(product / weights, MAX_BITS)
+    weights, activations = recipe.mean_bits
     # Rounded down to bits that there are.
     return (
         min(max(int(weights), MIN_BITS), *recipe.bits.weights.values(), MAX_BITS),
@@ -237,70 +237,43 @@ def _own_bits(recipe: Recipe) -> dict[str, int]:
 
 
 def _candidates(
-    weights: int, activations: int, large: bool, apart: bool, images: dict[str, Any], why: tuple[str, ...]
-) -> list[Choice]:
-    """Better ones first.
+    weights: int, activations: int, large: bool, apart: bool, wanted: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Presets and what is changed in them, better ones first.
 
     Args:
         apart: Whether real images are to be distilled on alone.
-        images, why: What the recipes learn from, and the reasons.
     """
-    # Recipes come with bits of their own.
-    images = images | {"quantization.weight_bits": weights, "quantization.activation_bits": activations}
-    if weights == activations == 8:
-        return [
-            Choice(
-                "zeroq",
-                images,
-                ("8 bits: nearest rounding and corrected biases lose next to nothing", *why),
-            )
-        ]
-    gptq = Choice(
-        "gptq",
-        images,
-        ("gptq: weights rounded by second moments, as good as learned layer by layer and much faster", *why),
-    )
-    if activations == 8 and weights > 2:
+    if weights == activations == MAX_BITS:
+        return [("zeroq", {})]
+    gptq: tuple[str, dict[str, Any]] = ("gptq", {})
+    if activations == MAX_BITS and weights > 2:
         return [gptq]
     coarse = activations == 2
     blocks: dict[str, Any] = {"activations.method": "mse"} if coarse else {}
     blocks["reconstruction.range_rate"] = 1e-2 if coarse or large else 3e-3
     if large:
         blocks |= {"reconstruction.window": _WINDOW, "reconstruction.drop": _DROP}
-    if activations == 8:
+    if activations == MAX_BITS:
         blocks |= {"activations.percentile": 99.99, "reconstruction.drop": 0.0}
-    named = f"W{weights}A{activations}"
-    dropped = f", {'a fifth' if large else 'half'} of all values unquantized" if activations < 8 else ""
-    learned = f"qdrop: at {named} codes and ranges are learned together, block by block{dropped}"
-    qdrop = Choice("qdrop", images | blocks, (learned, *why))
+    qdrop = ("qdrop", blocks)
     if large:
-        if not apart:
-            return [qdrop, gptq]
-        tuned = "distillation: biases and scales of the whole network, on the real images alone"
-        return [Choice("qdrop", {**qdrop.settings, **_ON_REAL_IMAGES}, (learned, tuned, *why)), qdrop, gptq]
-    whole = Choice(
-        "qdrop",
-        {**qdrop.settings, **_DISTILLATION},
-        (
-            learned,
-            "distillation: then the whole network at once, on images that are cropped, mirrored, recoloured and mixed anew",
-            *why,
-        ),
-    )
-    return [whole, qdrop, gptq]
+        return [("qdrop", blocks | _ON_REAL_IMAGES), qdrop, gptq] if apart else [qdrop, gptq]
+    if wanted.get("distillation.steps") == 0:
+        return [qdrop, gptq]
+    # An image with a patch of another has no one class.
+    mixed = {"distillation.cut_mix": 0.0} if wanted.get("distillation.class_weight") else {}
+    return [("qdrop", blocks | _DISTILLATION | mixed), qdrop, gptq]
 
 
-def _advice(asked: Recipe, network: Network) -> tuple[str, ...]:
-    """What the user could ask for instead: bits are theirs to say."""
-    bits = asked.quantization.weight_bits
-    depthwise = any(
-        isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 for module in network.module.modules()
-    )
-    if asked.mixed_precision.chooses_weights or bits == MAX_BITS or not depthwise:
-        return ()
-    return (
-        f"bits: as asked, {bits} for every weight; its depthwise layers want more: --effective-bits {bits} loses less in as many bytes",
-    )
+def _chosen_methods(settings: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those of methods in whose place the user wants others."""
+    kept = dict(settings)
+    for table, usual in (("synthesis", "zeroq"), ("activations", "percentile")):
+        ours = settings.get(f"{table}.method", usual)
+        if wanted.get(f"{table}.method", ours) != ours:
+            kept = {key: value for key, value in kept.items() if not key.startswith(f"{table}.")}
+    return kept
 
 
 def _side(network: Network) -> int:
@@ -319,6 +292,9 @@ def _joins(network: Network, activations: int, wanted: Mapping[str, Any]) -> boo
     """Whether images of half the side are to be joined to whole ones: bits are few and the sides even, unless the user says."""
     if "mosaic" in wanted:
         return bool(wanted["mosaic"])
+    if wanted.get("distillation.class_weight"):
+        # One that is joined of several has no one class.
+        return False
     return activations < MAX_BITS and network.input.height % 2 == 0 and network.input.width % 2 == 0
 
 
@@ -326,24 +302,22 @@ def _keeps_apart(real: int, wanted: Mapping[str, Any]) -> bool:
     """Whether the real images are to be distilled on alone: they are many, or the user says so, and wants nothing that leaves no sense in it."""
     if wanted.get("real_share") or wanted.get("distillation.steps") == 0 or wanted.get("distillation.after") == "calibration":
         return False
+    if wanted.get("quantization.bias_correction"):
+        # It would correct on mosaics what was learned on real images.
+        return False
     return bool(real and wanted.get("real_apart", real >= _ENOUGH_TO_DISTIL))
-
-
-def _dreams(network: Network) -> bool:
-    """Whether there is any batch norm to make images from."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.module.modules())
 
 
 def _learned(network: Network, teacher: Teacher | None, activations: int, real: int, wanted: Mapping[str, Any]) -> _Learned:
     """What is learned from where there are `real` real images.
 
     Args:
-        teacher: None for small images.
+        teacher: None where no other size than the network's is thought of.
         activations: Their bits.
     """
     halved = teacher is not None and _halves(teacher, wanted)
     joined = halved and _joins(network, activations, wanted)
-    dreams = _dreams(network) and wanted.get("images") != 0
+    dreams = has_batch_norm(network) and wanted.get("images") != 0
     if joined and not dreams:
         # Real images are whole without being joined.
         halved = joined = False
@@ -353,22 +327,16 @@ def _learned(network: Network, teacher: Teacher | None, activations: int, real: 
     return _Learned(real, alone, halved, joined, leaves, apart)
 
 
-def _images(network: Network, learned: _Learned) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """How many images of which kind and size, and why."""
-    halved, joined, real = learned.halved, learned.joined, learned.real
-    settings: dict[str, Any] = {"image_scale": 0.5} if halved else {}
-    half = network.input.scaled(0.5)
-    size = f" of {half.height} x {half.width}" if halved else ""
+def _images(network: Network, learned: _Learned) -> dict[str, Any]:
+    """How many images of which kind and size."""
+    settings: dict[str, Any] = {"image_scale": 0.5} if learned.halved else {}
     if learned.alone:
-        settings |= {"images": 0, "held_out": 0, "calibration_images": _ENOUGH_REAL}
-        without = "" if _dreams(network) else ", as the network has no batch norm to make any from"
-        scaled = f", scaled down to {half.height} x {half.width}" if halved else ""
-        return settings, (f"images: the {real} real ones alone{scaled}{without}",)
+        return settings | {"images": 0, "held_out": 0, "calibration_images": _ENOUGH_REAL}
     side = _side(network)
     if side <= _SMALL:
         count, steps, batch = 1024, 50, 128
-    elif halved:
-        count, steps, batch = (1024, 50, 64) if joined else (256, 100, 64)
+    elif learned.halved:
+        count, steps, batch = (1024, 50, 64) if learned.joined else (256, 100, 64)
         # Those that agreement is measured on have the network's own size.
         settings["held_out"] = 16
     else:
@@ -383,14 +351,4 @@ def _images(network: Network, learned: _Learned) -> tuple[dict[str, Any], tuple[
     }
     if learned.leaves:
         settings |= {"synthesis.start": "leaves", "synthesis.learning_rate": 0.05}
-    start = "dead leaves" if learned.leaves else "natural noise"
-    beside = f", beside {real} real ones" if real else ""
-    more = ", four of which cost what a whole one does" if halved else ""
-    made = f"images: {count}{size} by zeroq in {steps} steps from {start}, no class asked for{more}{beside}"
-    if not joined:
-        return settings, (made,)
-    settings["mosaic"] = True
-    return settings, (
-        made,
-        "mosaics: learned from joined 2 x 2, each twice, as few bits would be fitted to borders that whole images do not have",
-    )
+    return settings | ({"mosaic": True} if learned.joined else {})

@@ -2,7 +2,7 @@
 
     seconds = sum over stages that learn of  steps x (what one more step costs here, measured)
     factor  = min(1, budget / seconds)
-    steps  -> factor x steps, rounded, at least 1
+    steps  -> factor x steps, rounded; at least 10, or all if there are fewer, for which the other stages give more
 
 Every schedule (half cosines, quarters, annealing) is defined over shares of its steps and keeps its shape; only ClusterQ's
 `refresh` counts steps and stays. Nothing is ever lengthened. The stages that learn, and what one more step of each means:
@@ -70,7 +70,7 @@ class Schedule:
 
     Args:
         minutes: The budget.
-        factor: What all steps were multiplied with; 1 where the recipe fits.
+        factor: The share of the recipe's time that there is; 1 where it fits.
         steps: By the recipe's key, such as `synthesis.steps`; those that the recipe has where the factor is 1.
     """
 
@@ -157,8 +157,16 @@ def schedule(recipe: Recipe, costs: Mapping[str, float], minutes: float) -> Sche
             f"budget must be at least {math.ceil(10 * least) / 10:g} min for this network and recipe here, got {minutes:g}; "
             "give it more, or choose a recipe whose steps cost less"
         )
-    factor = 60 * minutes / seconds
-    return Schedule(minutes, factor, {key: max(round(factor * number), 1) for key, number in own.items()})
+    steps, left, longer = dict(own), 60 * minutes, set(own)
+    while longer:
+        share = left / sum(own[key] * costs[key] for key in longer)
+        short = {key for key in longer if share * own[key] < min(own[key], _LEAST)}
+        steps |= {key: min(own[key], _LEAST) if key in short else round(share * own[key]) for key in longer}
+        if not short:
+            break
+        left -= sum(steps[key] * costs[key] for key in short)
+        longer -= short
+    return Schedule(minutes, 60 * minutes / seconds, steps)
 
 
 def step_costs(recipe: Recipe, teacher: Teacher, real: Images | None, *, progress: Progress) -> dict[str, float]:

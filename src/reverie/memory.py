@@ -17,6 +17,7 @@ itself, since a cache on the disk gives the same bytes; what else would have to 
 Not here: a GPU's memory. On one, the weights and activations are there, and the estimate is about both together.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,8 +84,10 @@ class Estimate:
         least = {name: size - self.cache * (name == "round") for name, size in self.stages.items()}
         stage = max(least, key=least.__getitem__)
         if least[stage] > limit * _GIB:
+            # Rounded up: what is named has to be enough.
+            named = math.ceil(10 * least[stage] / _GIB) / 10
             raise ConfigError(
-                f"--memory-limit must be at least the {least[stage] / _GIB:.1f} GiB that the stage {stage!r} is estimated to take, got "
+                f"--memory-limit must be at least the {named:.1f} GiB that the stage {stage!r} is estimated to take, got "
                 f"{limit:g}; lower {self.lower[stage]}"
             )
         return limit - least.get("round", 0) / _GIB

@@ -180,7 +180,11 @@ class Recipe:
 
     @property
     def mean_bits(self) -> tuple[float, float]:
-        """Bits of weights and of activations; where they are chosen, their mean."""
+        """Bits of weights and of activations; where they are chosen, their mean, or what a limit of bit operations leaves for it."""
         settings, mixed = self.quantization, self.mixed_precision
-        weights = mixed.effective_bits or settings.weight_bits
-        return float(weights), float(mixed.effective_activation_bits or settings.activation_bits)
+        weights, activations = mixed.effective_bits, mixed.effective_activation_bits
+        if product := mixed.bit_operations:
+            # A mean of products: shared out evenly where nothing else is said.
+            weights = weights or min(product / activations if activations else math.sqrt(product), MAX_BITS)
+            activations = activations or min(product / weights, MAX_BITS)
+        return round(float(weights or settings.weight_bits), 2), round(float(activations or settings.activation_bits), 2)

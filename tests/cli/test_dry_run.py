@@ -52,6 +52,42 @@ def test_a_dry_run_tells_stages_steps_time_and_memory(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "recipe", "told"),
+    [
+        (["--effective-bits", "4"], "adaround", "W4A8 on average, chosen tensor by tensor for weights"),
+        (
+            ["--effective-activation-bits", "4"],
+            "zeroq",
+            "W8A4 on average, chosen tensor by tensor for activations, 8 in the first and last layer",
+        ),
+        (
+            ["--set", "mixed_precision.bit_operations=16"],
+            "adaround",
+            "at most 16 bit operations for a multiplication, on average, chosen tensor by tensor for weights and activations",
+        ),
+    ],
+)
+def test_bits_that_are_chosen_are_told_as_such(capsys, options, recipe, told):
+    quick = ["--set", "synthesis.steps=2", "--set", "mixed_precision.images=2", "--set", "estimate_images=0"]
+    lines = said(capsys, "quantize", "embedded:digits", *options, *quick, "--images", "4", "--dry-run").splitlines()
+    assert lines[0].startswith(f"recipe {recipe} (chosen for ")
+    assert lines[1] == f"bits: {told}"
+
+
+def test_what_best_chose_is_in_the_document_too(capsys):
+    asked = ["quantize", "embedded:digits", "--recipe", "best", "--images", "4", "--set", "synthesis.steps=2", "--dry-run"]
+    told = [line.removeprefix("best: ") for line in said(capsys, *asked).splitlines() if line.startswith("best: ")]
+    choice = json.loads(said(capsys, *asked, "--json"))["choice"]
+    assert choice == {"preset": "zeroq", "reasons": told} and told[-1].startswith("images: 4 by zeroq in 2 steps ")
+
+
+@pytest.mark.parametrize("option", ["--effective-bits", "--effective-activation-bits"])
+def test_no_mean_is_no_number_of_bits(capsys, option):
+    told = refused(capsys, "quantize", "embedded:digits", option, "0", "--dry-run")
+    assert told == f"{option} must be 2 to 8, got 0; leave it out for bits that are not chosen"
+
+
 @pytest.mark.slow
 def test_a_dry_run_knows_the_run_that_is_there(capsys, finished, tmp_path):
     command = ["quantize", "embedded:digits", "--weight-bits", "4", "--evaluate", "held-out", "--output", finished, *TINY]

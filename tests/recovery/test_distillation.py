@@ -25,7 +25,7 @@ from reverie.observers.minmax import MinMax
 from reverie.observers.mse import Mse
 from reverie.progress import Silent
 from reverie.randomness import Seed
-from reverie.recovery.distillation import Distillation, distil, divergence
+from reverie.recovery.distillation import Distillation, check_learns, distil, divergence
 from reverie.recovery.ranges import calibrate_activations, calibrate_weights
 
 KINDS = ("literature", "integer")
@@ -213,8 +213,19 @@ def test_where_there_is_nothing_to_learn_it_says_so():
         distilled(teacher, student, shuffled(images), learned_weights=False, weight_ranges="fixed", learned_ranges=False)
     assert str(error.value) == (
         "distillation.learned_weights must be true for a network without biases where no scale is learned, got false; leave it out, "
-        "or use --set distillation.learned_ranges=true"
+        "or use --set distillation.weight_ranges=learned"
     )
+    distilled(teacher, student, shuffled(images), learned_weights=False, weight_ranges="learned", learned_ranges=False)
+
+
+def test_ranges_of_activations_are_nothing_to_learn_where_there_are_none():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 2, bias=False))
+    teacher = fold_batch_norms(capture(module.eval(), (3, 3, 3)))
+    student = calibrated(teacher, "literature", Images(inputs=torch.randn(20, 3, 3, 3)))
+    student = dataclasses.replace(student, activations={})
+    with pytest.raises(ConfigError, match=r"^distillation\.learned_weights must be true "):
+        check_learns(student, Distillation(steps=1, learned_weights=False, weight_ranges="fixed"))
+    check_learns(student, Distillation(steps=1, learned_weights=False))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -430,7 +441,8 @@ def test_the_exported_network_computes_what_the_distilled_student_computes(teach
         ({"colour": 2.0}, "colour must be 0 to 1, got 2.0"),
         (
             {"cut_mix": 0.5, "class_weight": 1.0},
-            "cut_mix must be 0 with a class_weight, got 0.5 and 1; an image with a patch of another has no one label",
+            "cut_mix must be 0 with a class_weight, got 0.5 and 1; an image with a patch of another has no one label: use --set "
+            "distillation.cut_mix=0",
         ),
     ],
 )

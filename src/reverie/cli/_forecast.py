@@ -37,7 +37,9 @@ def show(found: "Forecast", output: Path, facts: dict[str, Any], *, json: bool) 
     say_table(("stage", "what", "steps or images", "expected", "from"), rows, numbers=(2, 3))
     say()
     if found.budget is not None and found.budget.factor < 1:
-        say(f"budget: all steps are {found.budget.factor:.2f} of the recipe's, to learn in {found.budget.minutes:g} min")
+        say(
+            f"budget: steps are {found.budget.factor:.2f} of the recipe's, and at least 10 a stage, to learn in {found.budget.minutes:g} min"
+        )
     say_wrapped(
         f"time: about {duration_text(found.seconds)}, {found.timed_share:.0%} of it from timed steps; stages that stop early take less"
     )

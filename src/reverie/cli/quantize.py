@@ -99,7 +99,7 @@ def quantize(
         seed: Of everything random.
         device: Where synthesis and rounding happen, such as cpu or cuda.
         budget: Minutes for the stages that learn (images, clipping, distillation, rounding). A few steps of each are timed
-            first; what does not fit is shortened: all numbers of steps times one factor, schedules in the same shape,
+            first; what does not fit is shortened: all numbers of steps times one factor, but 10 at least, schedules in the same shape,
             never more steps than the recipe's. Loading, calibration, export and measuring come on top. The run keeps its
             numbers: the same command resumes with them.
         memory_limit: GiB that the run is to stay below; what it takes is estimated in advance, what reconstruction holds goes to the
@@ -114,6 +114,8 @@ def quantize(
     """
     _check_alone("weight_bits", weight_bits, "effective_bits", effective_bits)
     _check_alone("activation_bits", activation_bits, "effective_activation_bits", effective_activation_bits)
+    _check_asked("effective_bits", effective_bits)
+    _check_asked("effective_activation_bits", effective_activation_bits)
     name, why = recipe_name(recipe, weight_bits if effective_bits is None else effective_bits, settings)
     wanted = overrides(
         settings,
@@ -130,9 +132,10 @@ def quantize(
     from reverie import loggers, recipes
     from reverie.runs import check_output, default_output
 
-    # What `best` chooses depends on the network, but not its bits.
-    bits_alone = {key: value for key, value in wanted.items() if key.startswith(("quantization.", "mixed_precision."))}
-    resolved = recipes.read("zeroq", bits_alone) if name == _BEST else recipes.read(name, wanted)
+    # What `best` chooses depends on the network, but not its bits, nor how images are made where the user says.
+    early = ("quantization.", "mixed_precision.", "synthesis.method")
+    sure = {"quantization.bias_correction": False} | {key: value for key, value in wanted.items() if key.startswith(early)}
+    resolved = recipes.read("zeroq", sure) if name == _BEST else recipes.read(name, wanted)
     folder = output or default_output(network, *resolved.mean_bits)
     check_output(folder)
     used = [loggers.load(one) for one in log or ()]
@@ -143,11 +146,18 @@ def quantize(
 
     shown = choose(sys.stderr, json)
     choice = None
-    if name == _BEST:
-        few = read_images(calibration, loaded, require_labels=False, option="--calibration")
-        choice = best.chosen_in(folder) or best.choose(
-            loaded, wanted, calibration=few, minutes=budget, device=device, progress=shown
+    if name == _BEST and (choice := best.chosen_in(folder)) is None:
+        labels = stages.reads_capsule(resolved) and capsule is None
+        choice = best.choose(
+            loaded,
+            wanted,
+            calibration=read_images(calibration, loaded, require_labels=labels, option="--calibration"),
+            capsule=None if capsule is None else load_capsule(capsule),
+            minutes=budget,
+            device=device,
+            progress=shown,
         )
+    if choice is not None:
         resolved = choice.recipe(wanted)
     given = {"calibrated": calibration is not None, "capsule": capsule is not None}
     request.check(resolved, loaded, device=device, budget=budget, **given)
@@ -194,7 +204,8 @@ def quantize(
 
         expected = forecast(resolved, loaded, budget=budget, progress=shown, **what)
         weights, activations = resolved.mean_bits
-        facts = {"network": loaded.name, "recipe": name, "weight_bits": weights, "activation_bits": activations}
+        facts: dict[str, Any] = {"network": loaded.name, "recipe": name, "weight_bits": weights, "activation_bits": activations}
+        facts["choice"] = None if choice is None else {"preset": choice.preset, "reasons": list(choice.reasons)}
         _forecast.show(expected, folder, facts, json=json)
         return
     with interrupts.heeded(shown.say), loggers.logged(shown, used, folder, loaded.name) as progress:
@@ -222,9 +233,6 @@ def _chosen(
     """What the recipe decides that was perhaps not asked for, and which option decides it otherwise."""
     from reverie.stages import method_name, synthesizes
 
-    weights, activations = recipe.mean_bits
-    ends = f", {recipe.quantization.end_bits} in the first and last layer" if recipe.quantization.placement == "integer" else ""
-    whose = "as asked" if bits_asked else "the recipe's; --weight-bits and --activation-bits override them"
     parts = [f"{recipe.images} by {method_name(recipe)}"] if recipe.images else []
     parts += [f"{len(real)} real ones" if real is not None else "no real ones (--calibration adds some)"]
     if labelled is not None and labelled.labels is not None:
@@ -234,10 +242,29 @@ def _chosen(
         told = "estimated" if recipe.estimate_images and synthesizes(recipe) else "unknown"
         accuracy = f"{told}, as no labelled images were given (--evaluate {place} measures it)"
     return [
-        f"bits: W{weights:g}A{activations:g}{ends} ({whose})",
+        f"bits: {_bits(recipe, asked=bits_asked)}",
         f"images: {', '.join(parts)}",
         f"accuracy: {accuracy}",
     ]
+
+
+def _bits(recipe: "Recipe", *, asked: bool) -> str:
+    mixed, settings, (weights, activations) = recipe.mixed_precision, recipe.quantization, recipe.mean_bits
+    chosen = {"weights": mixed.chooses_weights, "activations": mixed.chooses_activations}
+    ends = f", {settings.end_bits} in the first and last layer" if settings.placement == "integer" else ""
+    if mixed.chooses:
+        mean = f"W{weights:g}A{activations:g} on average"
+        if mixed.bit_operations:
+            mean = f"at most {mixed.bit_operations:g} bit operations for a multiplication, on average"
+        which = " and ".join(kind for kind, is_chosen in chosen.items() if is_chosen)
+        return f"{mean}, chosen tensor by tensor for {which}{'' if mixed.chooses_weights else ends}"
+    whose = "as asked" if asked else "the recipe's; --weight-bits and --activation-bits override them"
+    return f"W{weights:g}A{activations:g}{ends} ({whose})"
+
+
+def _check_asked(name: str, mean: float | None) -> None:
+    if mean == 0:
+        raise ConfigError(f"--{name.replace('_', '-')} must be 2 to 8, got 0; leave it out for bits that are not chosen")
 
 
 def _check_alone(name: str, bits: int | None, effective_name: str, effective: float | None) -> None:
@@ -254,6 +281,10 @@ def recipe_name(recipe: str | None, weight_bits: int | float | None, settings: S
         return recipe, ""
     given = as_overrides(settings)
     bits = given.get("mixed_precision.effective_bits") or given.get("quantization.weight_bits", weight_bits)
+    operations = given.get("mixed_precision.bit_operations")
+    if isinstance(operations, (int, float)) and operations > 0 and not given.get("mixed_precision.effective_bits"):
+        # Weights and activations share them out.
+        bits = operations**0.5
     if isinstance(bits, (int, float)) and bits < _ROUNDING_MATTERS_BELOW:
         return "adaround", f" (chosen for weights below {_ROUNDING_MATTERS_BELOW} bits; --recipe overrides it)"
     return "zeroq", f" (chosen for {_ROUNDING_MATTERS_BELOW}-bit weights; --recipe overrides it)"

@@ -97,11 +97,12 @@ def check_reachable(choices: Sequence[Sequence[int]], budgets: Sequence[Budget])
         ConfigError: Names the budget and the least that can be reached.
     """
     least = [min(widths) for widths in choices]
-    fixed = sum(len(widths) == 1 for widths in choices)
     for budget in budgets:
         if budget.spent(least) > budget.allowed:
+            counted = {place for term in budget.terms for place in term.tensors}
+            fixed = sum(len(choices[place]) == 1 for place in counted)
             reached = math.ceil(100 * budget.mean(least)) / 100
-            why = f" ({fixed} of {len(choices)} tensors have fixed bits)" if fixed else ""
+            why = f" ({fixed} of {len(counted)} tensors have fixed bits)" if fixed else ""
             raise ConfigError(
                 f"{budget.name} must be at least {reached:g} for this network{why}, got {budget.limit:g}; "
                 "raise it, or let tensors have fewer bits"

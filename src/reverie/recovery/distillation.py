@@ -113,7 +113,7 @@ class Distillation:
         if self.cut_mix and self.class_weight:
             raise ConfigError(
                 f"cut_mix must be 0 with a class_weight, got {self.cut_mix:g} and {self.class_weight:g}; an image with a patch of another "
-                "has no one label"
+                "has no one label: use --set distillation.cut_mix=0"
             )
         choices = {"after": After, "synthetic": Synthetic, "optimizer": Optimizer, "weight_ranges": WeightRanges}
         for name, kind in choices.items():
@@ -228,10 +228,11 @@ def check_learns(student: Student, settings: Distillation) -> None:
     Raises:
         ConfigError: There is nothing; with the cure.
     """
-    if not (settings.learned_ranges or settings.weight_ranges == "learned" or _learned_tensors(student, settings)):
+    scales = settings.weight_ranges == "learned" or (settings.learned_ranges and student.activations)
+    if not scales and not _learned_tensors(student, settings):
         raise ConfigError(
             "distillation.learned_weights must be true for a network without biases where no scale is learned, got false; leave it out, "
-            "or use --set distillation.learned_ranges=true"
+            "or use --set distillation.weight_ranges=learned"
         )
 
 

@@ -47,7 +47,7 @@ class GPTQ:
 
     Args:
         damping: lambda, in shares of the moments' mean diagonal: how far few images are to be believed.
-        sweeps: Times that all columns are gone through again, each moving to its best code.
+        sweeps: Times that all columns are gone through again, each moving to its best code; fewer where none moves any more.
     """
 
     damping: float = 0.1
