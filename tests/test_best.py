@@ -14,6 +14,7 @@ from reverie.budget import Schedule
 from reverie.errors import BudgetError, ConfigError
 from reverie.images import Images
 from reverie.models import InputContract, Network
+from reverie.observers.percentile import Percentile
 from reverie.plugins import name_of
 from reverie.recipes import read
 from reverie.stages import as_teacher
@@ -258,8 +259,14 @@ def test_settings_of_methods_in_whose_place_the_user_wants_others_are_left_out(t
             "images: 1024 by zeroq in 50 steps from natural noise, no class asked for",
             "distillation",
         ),
-        (16, {"distillation.cut_mix": 0.0, "distillation.colour": 0.0}, f"{DISTILLED} cropped and mirrored anew", "zz"),
+        (16, {"distillation.cut_mix": 0.0, "distillation.colour": 0.0}, f"{DISTILLED} cropped and mirrored anew", "mixed"),
         (16, {"rounding.method": "nearest"}, "nearest: as asked", "qdrop"),
+        (
+            16,
+            {"reconstruction.drop": 0.0, "reconstruction.learned_ranges": False},
+            "adaround: at W4A4 codes are learned, block by block",
+            "qdrop",
+        ),
         (16, {"reconstruction.drop": 0.3}, f"{BLOCKS}, 30% of all values unquantized", ""),
         (128, {"synthesis.start": "natural"}, LEAVED.replace("dead leaves", "natural noise"), "dead"),
     ],
@@ -282,12 +289,41 @@ def test_what_is_told_is_what_runs(side, wanted, told, silent):
 def test_nothing_is_chosen_that_what_the_user_wants_forbids(side, wanted):
     real = Images(inputs=torch.zeros(1).expand(500, 3, side, side), sources=("real",) * 500)
     recipe = choose(sized(side, pooled()), bits(4, 4) | wanted, calibration=real).recipe(bits(4, 4) | wanted)
+    if "distillation.class_weight" in wanted:
+        # Without, images would have no labels to learn from.
+        assert recipe.synthesis.class_weight > 0
     if side == 16:
         assert (recipe.distillation.steps, recipe.distillation.cut_mix) == (600, 0)
     elif "distillation.class_weight" in wanted:
         assert not recipe.mosaic
     else:
         assert recipe.real_apart == ("quantization.bias_correction" not in wanted)
+
+
+def test_a_budget_for_a_method_that_reads_real_images_wants_some(tiny_cnn):
+    with pytest.raises(
+        ConfigError, match=r"^tiny: fdda needs labelled real images, one for each class, got none; give --calib"
+    ):
+        choose(tiny_cnn(), bits(4, 4) | {"synthesis.method": "fdda"}, minutes=5.0)
+
+
+def test_real_images_that_are_to_be_kept_apart_are_so_however_short_the_time(monkeypatch):
+    monkeypatch.setattr(best, "fit", lambda *arguments, **settings: Schedule(1.0, 0.1, {}))
+    images = Images(inputs=torch.zeros(1).expand(400, 3, 128, 128), sources=("real",) * 400)
+    settings = bits(4, 4) | {"real_apart": True}
+    assert choose(sized(128, pooled()), settings, calibration=images, minutes=1.0).recipe(settings).real_apart
+
+
+def test_where_bits_are_chosen_the_recipe_has_about_as_many(tiny_cnn):
+    for limits, expected in (({"effective_activation_bits": 4.5}, (8, 4)), ({"bit_operations": 9.5}, (3, 3))):
+        wanted = {f"mixed_precision.{name}": limit for name, limit in limits.items()}
+        found = choose(tiny_cnn(), wanted).recipe(wanted).quantization
+        assert (found.weight_bits, found.activation_bits) == expected
+
+
+def test_percentiles_that_the_user_names_are_those_of_two_bits_too(tiny_cnn):
+    wanted = bits(2, 2) | {"activations.percentile": 99.5}
+    assert choose(tiny_cnn(), wanted).recipe(wanted).activations == Percentile(percentile=99.5)
 
 
 @pytest.mark.parametrize("with_capsule", [False, True])

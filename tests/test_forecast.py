@@ -119,6 +119,10 @@ def test_files_that_the_cache_has_no_room_for_are_told(tiny_cnn, capsys, tmp_pat
     (told,) = [part for part in capsys.readouterr().out.splitlines() if part.startswith("memory: ")]
     assert told == f"{found.memory.told()} from the network, the batches and the images held"
     assert "GiB of files" in told and found.as_dict()["file_bytes"] == found.memory.mapped > 0
+    # Less memory is more of a file.
+    limit = found.memory.peak / 2**30 - 0.2
+    less = forecast(read("qdrop", QUICK | many), tiny_cnn(), memory_limit=limit).memory
+    assert less.peak <= limit * 2**30 + 1 and less.peak + less.mapped == found.memory.peak + found.memory.mapped
 
 
 def test_images_alone_take_no_quantization(tiny_cnn):

@@ -376,6 +376,18 @@ def test_fresh_images_are_refused_where_there_is_no_generator(network, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("method", "cure"), [("zeroq", "--set synthesis.class_weight=0.1"), ("noise", "--recipe gdfq")])
+def test_labels_that_no_image_has_are_not_learned_from(network, tmp_path, method, cure):
+    settings = {"synthesis.method": method, "distillation.steps": 5, "distillation.class_weight": 0.5}
+    recipe = read("zeroq", settings | ({"synthesis.class_weight": 0.0} if method == "zeroq" else {}))
+    with pytest.raises(ConfigError) as caught:
+        run(recipe, network, output=tmp_path / "run")
+    assert str(caught.value) == (
+        f"distillation.class_weight must be 0 for images that {method} made without labels, got 0.5; leave it out, or use {cure}"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("preset", ["gdfq", "fdda"])
 def test_real_images_alone_teach_and_need_no_labels(preset, network, real, tmp_path):
     recipe = quick(preset, ALONE | {"images": 0, "held_out": 0})

@@ -87,6 +87,8 @@ _ON_REAL_IMAGES = {
     "distillation.learned_weights": False,
     "distillation.smallest_real_crop": 1.0,
 }
+# What asks for a class where one is wanted, as in the preset `zeroq`.
+_CLASS_WEIGHT = 0.1
 # The tables of a recipe that say how many bits there are.
 _BITS = ("quantization.", "mixed_precision.", "bits.")
 
@@ -96,19 +98,19 @@ class _Learned:
     """What the student learns from.
 
     Args:
-        real: How many real images there are.
-        alone: Whether nothing else is learned from.
+        alone: Whether nothing else is learned from than real images.
         halved: Whether synthetic ones have half the side, and are whole again once `joined`.
         leaves: Whether they begin as dead leaves.
         apart: Whether codes are learned without the real ones, which are distilled on.
+        labelled: Whether synthetic ones are of classes that were asked for, which harms unless labels are wanted.
     """
 
-    real: int
     alone: bool
     halved: bool
     joined: bool
     leaves: bool
     apart: bool
+    labelled: bool
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,9 @@ def choose(
     teacher = as_teacher(network, device) if minutes is not None or _side(network) >= _LARGE else None
     bits, real = _fewest_bits(asked), 0 if calibration is None else len(calibration)
     learned = _learned(network, teacher, bits[1], real, wanted)
-    shared = _images(network, learned) | _own_bits(asked)
+    # Where bits are chosen, what is placed depends on about how many there will be.
+    about = dict(zip(("quantization.weight_bits", "quantization.activation_bits"), bits, strict=True))
+    shared = _images(network, learned) | about | _own_bits(asked)
     found = _candidates(*bits, _side(network) > _SMALL, learned.apart, wanted)
     candidates = [Choice(preset, _chosen_methods(shared | settings, wanted), ()) for preset, settings in found]
     choice, told = candidates[0], list[str]()
@@ -250,7 +254,7 @@ def _candidates(
     if activations == MAX_BITS and weights > 2:
         return [gptq]
     coarse = activations == 2
-    blocks: dict[str, Any] = {"activations.method": "mse"} if coarse else {}
+    blocks: dict[str, Any] = {"activations.method": "mse"} if coarse and "activations.percentile" not in wanted else {}
     blocks["reconstruction.range_rate"] = 1e-2 if coarse or large else 3e-3
     if large:
         blocks |= {"reconstruction.window": _WINDOW, "reconstruction.drop": _DROP}
@@ -258,7 +262,10 @@ def _candidates(
         blocks |= {"activations.percentile": 99.99, "reconstruction.drop": 0.0}
     qdrop = ("qdrop", blocks)
     if large:
-        return [("qdrop", blocks | _ON_REAL_IMAGES), qdrop, gptq] if apart else [qdrop, gptq]
+        tuned = ("qdrop", blocks | _ON_REAL_IMAGES)
+        if apart and wanted.get("real_apart"):
+            return [tuned]
+        return [tuned, qdrop, gptq] if apart else [qdrop, gptq]
     if wanted.get("distillation.steps") == 0:
         return [qdrop, gptq]
     # An image with a patch of another has no one class.
@@ -324,7 +331,7 @@ def _learned(network: Network, teacher: Teacher | None, activations: int, real: 
     apart = joined and _keeps_apart(real, wanted)
     alone = real > 0 and not (dreams and (apart or real < _ENOUGH_REAL))
     leaves = joined and wanted.get("synthesis.method", "zeroq") == "zeroq"
-    return _Learned(real, alone, halved, joined, leaves, apart)
+    return _Learned(alone, halved, joined, leaves, apart, labelled=bool(wanted.get("distillation.class_weight")))
 
 
 def _images(network: Network, learned: _Learned) -> dict[str, Any]:
@@ -347,7 +354,7 @@ def _images(network: Network, learned: _Learned) -> dict[str, Any]:
         "synthesis.method": "zeroq",
         "synthesis.steps": steps,
         "synthesis.batch": batch,
-        "synthesis.class_weight": 0.0,
+        "synthesis.class_weight": _CLASS_WEIGHT if learned.labelled else 0.0,
     }
     if learned.leaves:
         settings |= {"synthesis.start": "leaves", "synthesis.learning_rate": 0.05}

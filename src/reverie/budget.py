@@ -1,4 +1,4 @@
-"""A budget of minutes for the stages that learn: what does not fit is shortened, all of it by one factor.
+"""A budget of minutes for the stages that learn: what does not fit is shortened, all of it by one factor as far as that leaves enough.
 
     seconds = sum over stages that learn of  steps x (what one more step costs here, measured)
     factor  = min(1, budget / seconds)

@@ -149,7 +149,7 @@ def forecast(
     else:
         check_captured(recipe, teacher)
         needed = memory.estimate(recipe, teacher, given)
-    memory.limited(recipe, needed, memory_limit)
+    _, needed = memory.limited(recipe, needed, memory_limit)
     parts = [Part("capture", "the graph, and whether the request can be met", None, time.perf_counter() - began, "timed")]
     costs = step_costs(recipe, teacher, calibration, progress=progress)
     shortened = None if budget is None else schedule(recipe, costs, budget)

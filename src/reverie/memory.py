@@ -155,8 +155,8 @@ def estimate_images_alone(recipe: Recipe, network: Teacher, sets: Mapping[str, I
     return Estimate({"synthesize": found.stages[stage]}, {"synthesize": found.lower[stage]}, 0)
 
 
-def limited(recipe: Recipe, found: Estimate, limit: float | None) -> Recipe:
-    """The recipe with a cache that fits; it makes the same bytes.
+def limited(recipe: Recipe, found: Estimate, limit: float | None) -> tuple[Recipe, Estimate]:
+    """The recipe with a cache that fits, which makes the same bytes, and what it takes.
 
     Args:
         limit: GiB; None for none.
@@ -165,9 +165,12 @@ def limited(recipe: Recipe, found: Estimate, limit: float | None) -> Recipe:
         ConfigError: No cache is small enough.
     """
     if limit is None:
-        return recipe
+        return recipe, found
     cache = min(recipe.reconstruction.cache_gib, found.cache_within(limit))
-    return replace(recipe, reconstruction=replace(recipe.reconstruction, cache_gib=cache))
+    lean = replace(recipe, reconstruction=replace(recipe.reconstruction, cache_gib=cache))
+    moved = max(found.cache - int(cache * _GIB), 0)
+    stages = {name: size - moved * (name == "round") for name, size in found.stages.items()}
+    return lean, replace(found, stages=stages, cache=found.cache - moved, mapped=found.mapped + moved)
 
 
 class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]

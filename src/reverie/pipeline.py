@@ -142,7 +142,7 @@ def run(
                 small, learning = views(recipe, teacher)
                 check_captured(recipe, teacher)
                 needed = memory.estimate(recipe, teacher, sets)
-                lean = memory.limited(recipe, needed, memory_limit)
+                lean, needed = memory.limited(recipe, needed, memory_limit)
             progress.say(needed.told())
             if teacher.capsule is not None:
                 save_capsule(teacher.capsule, directory.path / "capsule.safetensors")

@@ -39,7 +39,8 @@ def _rounding(recipe: Recipe, bits: tuple[int, int]) -> str:
         learned = "codes and ranges are learned together" if settings.learned_ranges else "codes are learned"
         share = _SHARES.get(settings.drop, f"{settings.drop:.0%}")
         dropped = f", {share} of all values unquantized" if settings.drop else ""
-        return f"qdrop: at W{bits[0]}A{bits[1]} {learned}, {settings.unit} by {settings.unit}{dropped}"
+        name = "qdrop" if settings.drop or settings.learned_ranges else method
+        return f"{name}: at W{bits[0]}A{bits[1]} {learned}, {settings.unit} by {settings.unit}{dropped}"
     if method == "gptq":
         return "gptq: weights rounded by second moments, as good as learned layer by layer and much faster"
     if method == "nearest" and bits == (MAX_BITS, MAX_BITS):
@@ -79,7 +80,7 @@ def _images(recipe: Recipe, network: Network, real: int) -> str:
     if steps := getattr(method, "steps", 0):
         made += f" in {steps} steps"
     if start := getattr(method, "start", ""):
-        made += f" from {_STARTS[start]}"
+        made += f" from {_STARTS.get(start, start)}"
     if not getattr(method, "class_weight", True):
         made += ", no class asked for"
     if recipe.image_scale == 0.5:

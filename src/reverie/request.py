@@ -78,6 +78,14 @@ def check(
     remembers, folded = bool(list(network.module.buffers())), count_folded(network.module)
     if capsule and remembers and not folded and not recipe.synthesis.needs_capsule:
         raise ConfigError(f"{method_name(recipe)} reads no capsule, got one; leave it out, or use --recipe fdda")
+    of_classes = getattr(recipe.synthesis, "class_weight", None)
+    wanted = recipe.distillation.class_weight if recipe.distillation.steps and synthesizes(recipe) else 0
+    if wanted and not of_classes and not isinstance(recipe.synthesis, Streaming):
+        cure = "--recipe gdfq" if of_classes is None else "--set synthesis.class_weight=0.1"
+        raise ConfigError(
+            f"distillation.class_weight must be 0 for images that {method_name(recipe)} made without labels, got {wanted:g}; leave it "
+            f"out, or use {cure}"
+        )
     asked = recipe.distillation.synthetic
     if recipe.distillation.steps and asked != "kept" and "fresh" not in composition(recipe, share=0.0):
         raise ConfigError(

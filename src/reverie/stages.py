@@ -32,7 +32,7 @@ from reverie.recipes import fingerprint
 from reverie.recovery.border import check_isolated
 from reverie.recovery.distillation import check_learns
 from reverie.recovery.mixed_precision import Decision, check_budgets, choose_bits
-from reverie.synthesis import ImageStream, Streaming, Teacher
+from reverie.synthesis import ImageStream, Streaming, Teacher, lacks_capsule
 from reverie.synthesis._capsule import Capsule, capsule_of, check_capsule
 from reverie.synthesis.zeroq import ZeroQ
 
@@ -151,11 +151,16 @@ def reads_capsule(recipe: Recipe) -> bool:
 
 
 def with_capsule(teacher: Teacher, recipe: Recipe, calibration: Images | None, capsule: Capsule | None) -> Teacher:
-    """The teacher with what real images tell: about its classes, if the recipe reads that, and in place of folded batch norms."""
+    """The teacher with what real images tell: about its classes, if the recipe reads that, and in place of folded batch norms.
+
+    Raises:
+        ConfigError: The recipe reads it, and there are neither real images nor a capsule; or they are not what is needed.
+    """
     if not reads_capsule(recipe) and (capsule is None or teacher.batch_norms):
         return teacher
     if capsule is None:
-        assert calibration is not None
+        if calibration is None:
+            raise lacks_capsule(teacher.name, method_name(recipe))
         with at("calibration images"):
             capsule = capsule_of(teacher, calibration)
     else:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,7 @@ def quantize(
     shown = choose(sys.stderr, json)
     choice = None
     if name == _BEST and (choice := best.chosen_in(folder)) is None:
-        labels = stages.reads_capsule(resolved) and capsule is None
+        labels = stages.reads_capsule(replace(resolved, images=wanted.get("images", 1))) and capsule is None
         choice = best.choose(
             loaded,
             wanted,
@@ -255,7 +256,9 @@ def _bits(recipe: "Recipe", *, asked: bool) -> str:
     if mixed.chooses:
         mean = f"W{weights:g}A{activations:g} on average"
         if mixed.bit_operations:
-            mean = f"at most {mixed.bit_operations:g} bit operations for a multiplication, on average"
+            limits = {"weights": mixed.effective_bits, "activations": mixed.effective_activation_bits}
+            means = "".join(f", {bits:g} bits for {kind}" for kind, bits in limits.items() if bits)
+            mean = f"at most {mixed.bit_operations:g} bit operations for a multiplication{means}, on average"
         which = " and ".join(kind for kind, is_chosen in chosen.items() if is_chosen)
         return f"{mean}, chosen tensor by tensor for {which}{'' if mixed.chooses_weights else ends}"
     whose = "as asked" if asked else "the recipe's; --weight-bits and --activation-bits override them"
@@ -282,7 +285,7 @@ def recipe_name(recipe: str | None, weight_bits: int | float | None, settings: S
     given = as_overrides(settings)
     bits = given.get("mixed_precision.effective_bits") or given.get("quantization.weight_bits", weight_bits)
     operations = given.get("mixed_precision.bit_operations")
-    if isinstance(operations, (int, float)) and operations > 0 and not given.get("mixed_precision.effective_bits"):
+    if bits is None and isinstance(operations, (int, float)) and operations > 0:
         # Weights and activations share them out.
         bits = operations**0.5
     if isinstance(bits, (int, float)) and bits < _ROUNDING_MATTERS_BELOW:
