@@ -150,6 +150,12 @@ def reads_capsule(recipe: Recipe) -> bool:
     return synthesizes(recipe) and recipe.synthesis.needs_capsule
 
 
+def reads_labels(recipe: Recipe, *, capsule: bool) -> bool:
+    """Whether real images must have labels: for what the recipe reads about each class, unless a capsule tells, or for a class term."""
+    taught = recipe.distillation.steps > 0 and recipe.distillation.class_weight > 0
+    return taught or (reads_capsule(recipe) and not capsule)
+
+
 def with_capsule(teacher: Teacher, recipe: Recipe, calibration: Images | None, capsule: Capsule | None) -> Teacher:
     """The teacher with what real images tell: about its classes, if the recipe reads that, and in place of folded batch norms.
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from tests.cli.conftest import SHAPE, TINY, said
@@ -86,6 +87,13 @@ def test_what_best_chose_is_in_the_document_too(capsys):
 def test_no_mean_is_no_number_of_bits(capsys, option):
     told = refused(capsys, "quantize", "embedded:digits", option, "0", "--dry-run")
     assert told == f"{option} must be 2 to 8, got 0; leave it out for bits that are not chosen"
+
+
+def test_a_class_term_wants_labels_of_real_images_at_once(capsys, tmp_path):
+    np.savez(tmp_path / "real.npz", images=np.zeros((4, 8, 8, 1), dtype=np.uint8))
+    taught = ["--set", "distillation.steps=2", "--set", "distillation.class_weight=0.5", "--calibration", "real.npz"]
+    told = refused(capsys, "quantize", "embedded:digits", *taught, "--dry-run")
+    assert told.startswith("--calibration: real.npz: ") and "labels" in told
 
 
 @pytest.mark.slow

@@ -115,8 +115,8 @@ def quantize(
     """
     _check_alone("weight_bits", weight_bits, "effective_bits", effective_bits)
     _check_alone("activation_bits", activation_bits, "effective_activation_bits", effective_activation_bits)
-    _check_asked("effective_bits", effective_bits)
-    _check_asked("effective_activation_bits", effective_activation_bits)
+    _check_mean("effective_bits", effective_bits)
+    _check_mean("effective_activation_bits", effective_activation_bits)
     name, why = recipe_name(recipe, weight_bits if effective_bits is None else effective_bits, settings)
     wanted = overrides(
         settings,
@@ -164,7 +164,7 @@ def quantize(
     request.check(resolved, loaded, device=device, budget=budget, **given)
     check_output(folder, request.identity(resolved, loaded), partial(request.recipe_changes, folder, resolved))
     centres = None if capsule is None else load_capsule(capsule)
-    labels = stages.reads_capsule(resolved) and capsule is None
+    labels = stages.reads_labels(resolved, capsule=capsule is not None)
     real = read_images(calibration, loaded, require_labels=labels, option="--calibration")
     unseen = read_images(unlabelled, loaded, require_labels=False, option="--unlabelled")
     known = None if evaluate is None else labelled(evaluate, loaded)
@@ -265,7 +265,7 @@ def _bits(recipe: "Recipe", *, asked: bool) -> str:
     return f"W{weights:g}A{activations:g}{ends} ({whose})"
 
 
-def _check_asked(name: str, mean: float | None) -> None:
+def _check_mean(name: str, mean: float | None) -> None:
     if mean == 0:
         raise ConfigError(f"--{name.replace('_', '-')} must be 2 to 8, got 0; leave it out for bits that are not chosen")
 

@@ -81,7 +81,7 @@ def _repeat(
     from reverie import formats, interrupts, loggers, models, pipeline, plugins
     from reverie.best import Choice
     from reverie.recipes import from_tables, tables
-    from reverie.stages import reads_capsule
+    from reverie.stages import reads_labels
     from reverie.synthesis._capsule import load_capsule
 
     recipe = from_tables(asked["recipe"])
@@ -91,7 +91,7 @@ def _repeat(
     network = models.load(asked["network"], **given)
     shown = choose(sys.stderr, json)
     paths = {name: Path(asked[name]) for name in ("calibration", "capsule", "unlabelled") if asked[name] is not None}
-    labels = reads_capsule(recipe) and "capsule" not in paths
+    labels = reads_labels(recipe, capsule="capsule" in paths)
     common: dict[str, Any] = {
         "output": output,
         "calibration": quantize.read_images(paths.get("calibration"), network, require_labels=labels, option="--calibration"),
